@@ -1,0 +1,1 @@
+"""Data: builders that prepare data sets, augmentation, and batches."""

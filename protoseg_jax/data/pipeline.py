@@ -1,0 +1,135 @@
+"""Batches: examples → augmented training batches, or fixed-size evaluation batches, by Grain.
+
+A training batch is a function of (seed, step) alone: the data position is one integer, whatever the
+number of workers or devices, so a run that resumes at a step sees what it would have seen.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import grain.python as grain
+import numpy as np
+
+from protoseg_jax.data import preprocessing
+from protoseg_jax.data.augment import Augment
+from protoseg_jax.data.label_sets import VOID
+
+_THREADS = 2  # reading threads of one process; OpenCV releases the interpreter's lock
+_READ_AHEAD = 8  # batches held ready by a process
+_CANVAS_STEP = 64  # label canvases are multiples of this, so that few sizes are compiled
+
+
+def train_batches(
+    source: Any, augment: Augment, *, batch_size: int, seed: int, start: int, workers: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless augmented batches, from step `start` on.
+
+    Args:
+      source: random-access examples ("image", "label").
+      augment: the augmentation.
+      batch_size: examples a batch.
+      seed: seed of order and augmentation.
+      start: index of the first batch; the same index always gives the same batch.
+      workers: worker processes; 0 reads with threads of this process.
+
+    Yields:
+      {"image": uint8 [B H W 3], "label": uint8 [B H W]}.
+    """
+    dataset = (
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(augment)
+        .batch(batch_size, drop_remainder=True)
+    )
+    return iter(_read(dataset[start:], workers))
+
+
+def _read(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
+    threads = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READ_AHEAD)
+    iterator = dataset.to_iter_dataset(threads)
+    if workers:
+        iterator = iterator.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        )
+    return iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class _ForEvaluation(grain.MapTransform):
+    eval_size: tuple[int, int]
+
+    def map(self, element: tuple[int, dict]) -> dict:
+        index, example = element
+        return {
+            "image": preprocessing.resize_image(example["image"], self.eval_size),
+            "label": example["label"],
+            "index": np.int32(index),
+        }
+
+
+class _Numbered:
+    """A source whose examples carry their number."""
+
+    def __init__(self, source: Any):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[int, dict]:
+        return index, self._source[index]
+
+
+def eval_batches(
+    source: Any, *, eval_size: tuple[int, int], batch_size: int, workers: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every example once, in order, at evaluation preprocessing; the last batch is filled up.
+
+    Images are resized to the one `eval_size` (never padded: padding changes features well inside
+    an image). Labels keep their own size, at the top left of a canvas of void common to the batch.
+
+    Yields:
+      {"image": uint8 [B h w 3] at eval_size, "label": uint8 [B H W], "size": int32 [B 2] of each
+      label, "index": int32 [B], the example's number, −1 for a filling}.
+    """
+    dataset = grain.MapDataset.source(_Numbered(source)).map(_ForEvaluation(eval_size))
+    batch: list[dict] = []
+    for example in _read(dataset, workers):
+        batch.append(example)
+        if len(batch) == batch_size:
+            yield _collate(batch)
+            batch = []
+    if batch:
+        filling = {
+            "image": np.zeros_like(batch[0]["image"]),
+            "label": np.full((1, 1), VOID, np.uint8),
+            "index": np.int32(-1),
+        }
+        yield _collate(batch + [filling] * (batch_size - len(batch)))
+
+
+def _collate(examples: list[dict]) -> dict[str, np.ndarray]:
+    sizes = np.array([e["label"].shape for e in examples], np.int32)
+    canvas = canvas_size(sizes)
+    labels = [
+        cv2.copyMakeBorder(
+            e["label"], 0, canvas[0] - h, 0, canvas[1] - w, cv2.BORDER_CONSTANT, value=VOID
+        )
+        for e, (h, w) in zip(examples, sizes.tolist(), strict=True)
+    ]
+    return {
+        "image": np.stack([e["image"] for e in examples]),
+        "label": np.stack(labels),
+        "size": sizes,
+        "index": np.array([e["index"] for e in examples], np.int32),
+    }
+
+
+def canvas_size(sizes: np.ndarray) -> tuple[int, int]:
+    """Smallest canvas, in steps of 64 pixels, that holds labels of all these sizes [n 2]."""
+    height, width = (-(-sizes.max(axis=0) // _CANVAS_STEP) * _CANVAS_STEP).tolist()
+    return int(height), int(width)

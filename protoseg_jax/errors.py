@@ -1,0 +1,69 @@
+"""User errors: the one exception for them, and the one place where it becomes a line and exit code 2.
+
+Exit codes of every program (the contract of the command line): 0 done; 2 the user must change
+something; 143/130 saved after SIGTERM/Ctrl-C; 1 a bug, with its traceback.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from etils import epath
+
+
+class UserError(Exception):
+    """Something the user must change. The message is one line: what, where, what to do."""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def exit_with(message: str) -> None:
+    """Print one line on stderr and exit with code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def require_config_file(argv: Sequence[str], flag: str = "config") -> None:
+    """Refuse a `--config` that names no file (ml_collections would read it as an empty config).
+
+    Raises:
+      UserError: the file does not exist or is a folder.
+    """
+    for position, argument in enumerate(argv):
+        name, separator, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == flag:
+            if not separator:
+                value = argv[position + 1] if position + 1 < len(argv) else ""
+            path = value.partition(":")[0]
+            if not epath.Path(path).is_file():
+                raise UserError(f"config file {path!r} does not exist; configs/ holds the ready ones")
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    if any(a in ("--help", "-h", "-help", "--helpfull", "-helpfull") for a in argv[1:]):
+        return app.parse_flags_with_usage(list(argv))
+    try:
+        require_config_file(argv)
+        rest = flags.FLAGS(list(argv))
+    except UserError as error:
+        exit_with(_one_line(error))
+    # A bad value surfaces as flags.Error, a misspelt config key as AttributeError or KeyError.
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
+        exit_with(f"command line: {_one_line(error)}")
+    if len(rest) > 1:
+        exit_with(f"command line: unexpected argument {rest[1]!r}; flags are written --name=value")
+    return rest
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse absl flags and run `main`; a `UserError` or a bad flag ends with one line and exit code 2."""
+
+    def guarded(_: Sequence[str]) -> None:
+        try:
+            main()
+        except UserError as error:
+            exit_with(_one_line(error))
+
+    app.run(guarded, flags_parser=_parse_flags)

@@ -1,0 +1,1 @@
+"""Scoring: segmentation scores, measures of the prototypes, and the pass over a split."""

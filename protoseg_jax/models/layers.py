@@ -1,0 +1,75 @@
+"""Convolution and pooling with PyTorch's padding rules, so that ported weights agree."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+# torchvision's from-scratch initialisation: N(0, 2 / (k² · out)).
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Conv(nn.Module):
+    """A k×k convolution, zero-padded by dilation · (k−1)/2 on every side as in PyTorch.
+
+    Attributes:
+      channels: output channels.
+      size: k, odd.
+      stride: step between windows.
+      dilation: step between a window's taps.
+      use_bias: whether a bias, initially 0, is added.
+      dtype: dtype of the computation; parameters are float32.
+      kernel_init: initialiser of the kernel [k k in out].
+    """
+
+    channels: int
+    size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: Callable = he_normal_fan_out
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
+        shape = (self.size, self.size, x.shape[-1], self.channels)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        y = convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+def convolve(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int, dilation: int
+) -> Float[Array, "b H W o"]:
+    """Cross-correlation with zero padding dilation · (k−1)/2; 1×1 kernels as a matmul."""
+    if kernel.shape[0] == 1:
+        return x[:, ::stride, ::stride] @ kernel[0, 0]
+    pad = dilation * (kernel.shape[0] - 1) // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(pad, pad)] * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+    """3×3 max-pool, stride 2, padding 1, ceil mode, as in the Caffe DeepLab.
+
+    H = ⌈(h − 1) / 2⌉ + 1 by ceil mode, one less where the last window would start outside the
+    padded input (PyTorch's rule); padding never wins.
+    """
+    pads = [(1, 2 * (_pooled(n) - 1) + 2 - n) for n in x.shape[1:3]]
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=pads)
+
+
+def _pooled(size: int) -> int:
+    windows = -(-(size - 1) // 2) + 1
+    return windows - 1 if 2 * (windows - 1) >= size + 1 else windows

@@ -1,0 +1,102 @@
+"""The multi-step training protocol of section 3.2, as data.
+
+| phase | kind | what happens |
+| --- | --- | --- |
+| `warmup` | train | ASPP and prototypes |
+| `joint` | train | ResNet, ASPP and prototypes |
+| `projection` | projection | every prototype becomes its nearest training patch |
+| `finetune` | train | the last layer, with the L1 term of eq. 8 |
+| `pruning` | pruning | prototypes that are not class-specific are dropped |
+| `finetune_pruned` | train | the last layer again |
+
+A config says for each phase how many `steps` it has (0: the phase is left out), for the training
+ones also `learning_rates` by parameter group — a group that is not named is frozen — and the
+`schedule`. Projection and pruning take one step: a pass over the training set.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from protoseg_jax.errors import UserError
+
+ORDER = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
+GROUPS = ("backbone", "aspp", "prototypes", "head")
+_SEARCHES = ("projection", "pruning")
+_FINETUNES = ("finetune", "finetune_pruned")
+SMOKE_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase.
+
+    Attributes:
+      name: one of `ORDER`.
+      kind: "train", "projection" or "pruning".
+      steps: optimiser steps (1 for a search).
+      learning_rates: learning rate at the start, by trainable parameter group.
+      schedule: "constant", or "poly": rate · (1 − t/T)^0.9.
+      l1: whether eq. 8's L1 term is added (fine-tuning).
+    """
+
+    name: str
+    kind: str
+    steps: int
+    learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    schedule: str = "constant"
+    l1: bool = False
+
+
+def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
+    """The phases of a config, in order; phases of 0 steps are absent.
+
+    With `model.head = 'linear'` (the black-box twin) there is nothing to project, prune or
+    fine-tune: those phases do not exist and the fine-tunings' steps are added to `joint`, so that
+    both have the same budget; the twin trains where its ASPP trains.
+
+    Raises:
+      UserError: an unknown phase, group or schedule, or a negative number of steps.
+    """
+    for name in config.phases:
+        if name not in ORDER:
+            raise UserError(f"phases.{name} is no phase; the phases are {', '.join(ORDER)}")
+    black_box = config.model.head == "linear"
+    steps = {name: int(config.phases[name].steps) for name in ORDER if name in config.phases}
+    for name, count in steps.items():
+        if count < 0:
+            raise UserError(f"phases.{name}.steps={count} must not be negative; 0 leaves it out")
+    if black_box:
+        steps["joint"] = steps.get("joint", 0) + sum(steps.get(n, 0) for n in _FINETUNES)
+        steps = {n: s for n, s in steps.items() if n not in (*_SEARCHES, *_FINETUNES)}
+    return [_phase(config.phases[n], n, s, black_box) for n, s in steps.items() if s]
+
+
+def _phase(section: ml_collections.ConfigDict, name: str, steps: int, black_box: bool) -> Phase:
+    if name in _SEARCHES:
+        return Phase(name, kind=name, steps=1)
+    rates = {group: float(rate) for group, rate in section.learning_rates.items()}
+    for group in rates:
+        if group not in GROUPS:
+            raise UserError(
+                f"phases.{name}.learning_rates.{group} is no parameter group; "
+                f"the groups are {', '.join(GROUPS)}"
+            )
+    if section.schedule not in ("constant", "poly"):
+        raise UserError(
+            f"phases.{name}.schedule={section.schedule!r} is unknown; use 'constant' or 'poly'"
+        )
+    if black_box:
+        rates = {g: r for g, r in rates.items() if g in ("backbone", "aspp")}
+    return Phase(
+        name, "train", steps, rates, section.schedule, l1=name in _FINETUNES and not black_box
+    )
+
+
+def smoke(config: ml_collections.ConfigDict) -> None:
+    """Cut every training phase of a config to three steps, in place (`--smoke`)."""
+    for name in config.phases:
+        if name not in _SEARCHES:
+            config.phases[name].steps = min(config.phases[name].steps, SMOKE_STEPS)
+    config.log_every = 1
+    config.eval_every = 0
