@@ -1,0 +1,61 @@
+"""A ProtoSeg in minutes on a laptop: the embedded `parts` data set, trained from scratch."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.batch_size = 16
+    c.accumulate = 1
+    c.compute_dtype = "float32"
+    c.crop_size = (128, 128)
+    c.eval_size = (128, 128)
+    c.eval_batch_size = 16
+
+    c.data = ConfigDict()
+    c.data.name = "parts"
+    c.data.dir = config_dict.placeholder(str)
+    c.data.cache = "data_cache"
+    c.data.workers = 0
+    c.data.train_split = "train"
+    c.data.projection_split = "train"
+    c.augment = ConfigDict({"scale": (0.75, 1.25)})
+
+    c.model = ConfigDict()
+    c.model.backbone = "resnet"
+    c.model.depth = 14
+    c.model.width = 24
+    c.model.norm = "group"
+    c.model.stride_in = "3x3"
+    c.model.output_stride = 8
+    c.model.aspp_rates = (1, 2, 3)
+    c.model.head = "prototypes"
+    c.model.features = 32
+    c.model.prototypes_per_class = 8
+    c.model.preprocessing = "imagenet"
+    c.pretrained = ConfigDict({"path": config_dict.placeholder(str)})
+
+    c.loss = ConfigDict({"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"})
+
+    new, all_but_head = 1e-3, {"backbone": 1e-3, "aspp": 1e-3, "prototypes": 1e-3}
+    c.phases = ConfigDict()
+    c.phases.warmup = {
+        "steps": 50,
+        "learning_rates": {"aspp": new, "prototypes": new},
+        "schedule": "constant",
+    }
+    c.phases.joint = {"steps": 1000, "learning_rates": all_but_head, "schedule": "poly"}
+    c.phases.projection = {"steps": 1}
+    c.phases.finetune = {"steps": 50, "learning_rates": {"head": 1e-3}, "schedule": "constant"}
+    c.phases.pruning = {"steps": 1}
+    c.phases.finetune_pruned = {
+        "steps": 50,
+        "learning_rates": {"head": 1e-3},
+        "schedule": "constant",
+    }
+
+    c.log_every = 10
+    c.eval_every = 250
+    c.checkpoint_every = 250
+    return c

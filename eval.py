@@ -1,0 +1,21 @@
+"""Score a run: python eval.py --workdir=DIR [--split=validation] [--phase=NAME] [--predictions=OUT]"""
+
+from absl import flags
+
+from protoseg_jax import errors
+from protoseg_jax.training import scoring
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_SPLIT = flags.DEFINE_string("split", "validation", "train, validation or test.")
+_PHASE = flags.DEFINE_string("phase", None, "The phase to score; default: the last finished one.")
+_PREDICTIONS = flags.DEFINE_string("predictions", None, "Folder to write label PNGs to.")
+
+
+def main() -> None:
+    if _WORKDIR.value is None:
+        raise errors.UserError("no --workdir given; name the folder that train.py wrote")
+    scoring.score_run(_WORKDIR.value, _SPLIT.value, _PHASE.value, _PREDICTIONS.value)
+
+
+if __name__ == "__main__":
+    errors.run(main)

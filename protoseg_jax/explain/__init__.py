@@ -1,0 +1,1 @@
+"""Pictures and evidence: why a point got its label."""

@@ -1,0 +1,102 @@
+"""Pictures of prototypes: where each comes from and where it fires."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.patches import Rectangle
+
+_CONTEXT = 2  # cells of surroundings shown on each side of a patch
+_COLUMNS = 10
+
+
+def crop_with_context(
+    image: UInt8[np.ndarray, "h w 3"], box: list[int]
+) -> tuple[np.ndarray, list[int]]:
+    """A patch with its surroundings, and the patch's box inside the crop."""
+    top, left, bottom, right = box
+    dy, dx = _CONTEXT * (bottom - top), _CONTEXT * (right - left)
+    y, x = max(top - dy, 0), max(left - dx, 0)
+    crop = image[y : bottom + dy, x : right + dx]
+    return crop, [top - y, left - x, bottom - y, right - x]
+
+
+def save_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Write an RGB image as PNG, under a temporary name first."""
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    cv2.imwrite(str(temporary), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    temporary.replace(path)
+
+
+def class_picture(
+    path: Path,
+    class_name: str,
+    prototypes: list[dict[str, Any]],
+    images: list[UInt8[np.ndarray, "h w 3"]],
+    activations: list[Float[np.ndarray, "h w"]],
+) -> None:
+    """One class's prototypes: patch with its surroundings, source image, activation over it.
+
+    Args:
+      path: PNG to write.
+      class_name: shown in the title.
+      prototypes: entries of prototypes.json ("index", "box", "image_id").
+      images: each prototype's source image.
+      activations: similarity (eq. 1) of each prototype over its source image, at feature-map
+        resolution; drawn on one scale, 0 … log(1/ε).
+    """
+    columns = min(len(prototypes), _COLUMNS)
+    bands = -(-len(prototypes) // columns)
+    figure, axes = plt.subplots(
+        3 * bands,
+        columns,
+        figsize=(1.7 * columns + 0.3, 1.75 * 3 * bands + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for n, (prototype, image, activation) in enumerate(
+        zip(prototypes, images, activations, strict=True)
+    ):
+        crop, inner = crop_with_context(image, prototype["box"])
+        band, column = divmod(n, columns)
+        patch, source, heat = axes[3 * band : 3 * band + 3, column]
+        patch.imshow(crop, interpolation="nearest")
+        patch.add_patch(_outline(inner, "white"))
+        patch.set_title(f"prototype {prototype['index']}", fontsize=8)
+        source.imshow(image)
+        source.add_patch(_outline(prototype["box"], "white"))
+        source.set_title(_short(prototype["image_id"]), fontsize=6)
+        heat.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap="gray")
+        size = (image.shape[1], image.shape[0])
+        heat.imshow(
+            cv2.resize(activation.astype(np.float32), size, interpolation=cv2.INTER_LINEAR),
+            cmap="viridis",
+            alpha=0.65,
+            vmin=0.0,
+            vmax=np.log(1e4),
+        )
+        heat.add_patch(_outline(prototype["box"], "white"))
+    figure.suptitle(f"{class_name}: patch · source image · activation", fontsize=10)
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _outline(box: list[int], colour: str) -> Rectangle:
+    top, left, bottom, right = box
+    return Rectangle(
+        (left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.2
+    )
+
+
+def _short(text: str, length: int = 22) -> str:
+    return text if len(text) <= length else "…" + text[1 - length :]

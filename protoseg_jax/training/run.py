@@ -1,0 +1,507 @@
+"""A run: its phases in order, each scored, drawn and checkpointed; resumable.
+
+`train` is what train.py calls. Everything a run leaves behind is in its `Workdir`.
+"""
+
+import datetime
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import ml_collections
+import numpy as np
+import optax
+import orbax.checkpoint
+import tensorboardX
+import tqdm
+
+import protoseg_jax
+from protoseg_jax import inference as inferences
+from protoseg_jax.data import builders, pipeline
+from protoseg_jax.data.augment import Augment
+from protoseg_jax.devices import DevicePool, backend_description, stack_metrics
+from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import evaluate as evaluation
+from protoseg_jax.explain import figures
+from protoseg_jax.models.prototypes import equal_blocks, similarity
+from protoseg_jax.prototypes import patch_search
+from protoseg_jax.prototypes.projection import project
+from protoseg_jax.prototypes.pruning import NEIGHBOURS, prune
+from protoseg_jax.training import optimizer as optimizers
+from protoseg_jax.training import phases as phases_lib
+from protoseg_jax.training import step as steps
+from protoseg_jax.training.phases import Phase
+from protoseg_jax.workdir import Checkpoint, Workdir, write_json
+
+
+def say(text: str) -> None:
+    """A line for the person watching, above any progress bar."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+
+
+class Run:
+    """A config's data, devices and folder, and what every phase needs of them.
+
+    Args:
+      config: the experiment.
+      workdir: its folder.
+      pool: the devices; all local ones by default.
+
+    Raises:
+      UserError: the config does not fit the data or the devices.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, workdir: Workdir, pool: DevicePool | None = None
+    ):
+        self.config = config
+        self.workdir = workdir
+        self.pool = pool or DevicePool()
+        self.phases = phases_lib.from_config(config)
+        self.pool.check_batch(config.batch_size)
+        self.pool.check_batch(config.batch_size // max(config.accumulate, 1), "accumulate")
+        self.pool.check_batch(config.eval_batch_size, "eval_batch_size")
+        self.data = builders.load(
+            config.data.name,
+            data_dir=config.data.dir,
+            cache_dir=config.data.cache,
+            seed=config.seed,
+            void=config.data.get("void"),
+        )
+        self.num_classes = len(self.data.label_set)
+        self.black_box = config.model.head == "linear"
+
+    # -- models and data ---------------------------------------------------------------------------
+
+    def inference(self, prototypes: list[dict[str, Any]]) -> inferences.Inference:
+        """The model for these prototypes."""
+        return inferences.from_config(self.config, self.num_classes, len(prototypes))
+
+    def classes_of(self, prototypes: list[dict[str, Any]]) -> np.ndarray:
+        """c(j), [M]."""
+        return np.array([p["class"] for p in prototypes], np.int64)
+
+    def eval_batches(self, split: str):
+        """A split at evaluation preprocessing."""
+        return pipeline.eval_batches(
+            self.data.source(split),
+            eval_size=tuple(self.config.eval_size),
+            batch_size=self.config.eval_batch_size,
+            workers=self.config.data.workers,
+        )
+
+    def initial(self) -> Checkpoint:
+        """The run before its first phase: random weights, prototypes in [0, 1)^D."""
+        count = 0 if self.black_box else self.num_classes * self.config.model.prototypes_per_class
+        prototypes = [
+            {"index": j, "class": int(c)}
+            for j, c in enumerate(equal_blocks(count, self.num_classes))
+        ]
+        inference = self.inference(prototypes)
+        images = np.zeros((1, *self.config.crop_size, 3), np.uint8)
+        variables = jax.jit(
+            lambda key: inference.model.init(key, inference.preprocessing.normalise(images))
+        )(jax.random.key(self.config.seed))
+        arrays = {
+            "params": jax.device_get(variables["params"]),
+            "frozen": jax.device_get(dict(variables).get("frozen", {})),
+        }
+        return Checkpoint("", 0, True, arrays, prototypes)
+
+    def score(self, checkpoint: Checkpoint, split: str, *, overlap: bool = True) -> dict[str, Any]:
+        """Scores of a checkpoint on a split."""
+        return evaluation.evaluate(
+            self.pool,
+            self.inference(checkpoint.prototypes),
+            variables_of(checkpoint.arrays),
+            self.eval_batches(split),
+            prototype_classes=self.classes_of(checkpoint.prototypes),
+            num_classes=self.num_classes,
+            overlap=overlap,
+        )
+
+    # -- the phases --------------------------------------------------------------------------------
+
+    def train_phase(self, phase: Phase, start: Checkpoint, first_batch: int) -> Checkpoint:
+        """Run an optimiser phase from `start` (the phase before, or a place inside this one).
+
+        Args:
+          phase: the phase.
+          start: where to go on.
+          first_batch: the data position of the phase's step 0.
+
+        Raises:
+          UserError: the loss is not finite.
+        """
+        config, pool = self.config, self.pool
+        inference = self.inference(start.prototypes)
+        params, frozen_vars = start.arrays["params"], start.arrays["frozen"]
+        state = steps.init_state(params, phase)
+        if start.phase == phase.name:
+            structure = jax.tree.structure(state.moments)
+            saved = start.arrays["optimizer"]
+            leaves = [saved[str(n)] for n in range(len(saved))]
+            state = state.replace(step=np.int32(start.step), moments=structure.unflatten(leaves))
+        begun = start.step if start.phase == phase.name else 0
+        _, frozen = steps.split(params, phase)
+        constants = {"frozen": frozen_vars} if frozen_vars else {}
+
+        step = pool.map(
+            steps.make_step(
+                inference,
+                phase,
+                prototype_classes=self.classes_of(start.prototypes),
+                num_classes=self.num_classes,
+                loss_config=config.loss,
+                accumulate=config.accumulate,
+                feature_size=feature_size(inference, tuple(config.crop_size)),
+            ),
+            donate_argnums=(0,),
+        )
+        batches = pipeline.train_batches(
+            self.data.source(config.data.train_split),
+            Augment(
+                tuple(config.crop_size),
+                tuple(config.augment.scale),
+                inference.preprocessing.padding_colour,
+            ),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=first_batch + begun,
+            workers=config.data.workers,
+        )
+        state, frozen, constants = map(pool.replicate, (state, frozen, constants))
+        earlier = start.seconds if start.phase == phase.name else 0.0
+        clock = time.monotonic()
+        board = tensorboardX.SummaryWriter(str(self.workdir.path / "tensorboard"))
+        pending: list[dict[str, jax.Array]] = []
+        window = time.monotonic()
+
+        def checkpoint(number: int) -> Checkpoint:
+            local = pool.first(state)
+            merged = {**params, **jax.device_get(local.trainable)}
+            moments = {str(n): x for n, x in enumerate(jax.tree.leaves(local.moments))}
+            finished = number == phase.steps
+            arrays = {"params": merged, "frozen": frozen_vars}
+            if not finished:  # the next phase starts with fresh moments
+                arrays["optimizer"] = moments
+            seconds = earlier + time.monotonic() - clock
+            return Checkpoint(phase.name, number, finished, arrays, start.prototypes, seconds)
+
+        with Progress(phase.name, phase.steps, begun) as progress:
+            batches = pool.prefetch(batches)
+            for number in range(begun + 1, phase.steps + 1):
+                state, metrics = step(state, frozen, constants, next(batches))
+                pending.append(metrics)
+                last = number == phase.steps
+                saves = config.checkpoint_every and number % config.checkpoint_every == 0
+                scores = config.eval_every and number % config.eval_every == 0 and not last
+                if last or saves or scores or number % config.log_every == 0:
+                    means = stack_metrics(pending)
+                    rate = len(pending) * config.batch_size / (time.monotonic() - window)
+                    self._log(board, phase, number, first_batch, means, rate)
+                    progress.update(len(pending), means["loss"], rate)
+                    pending = []
+                    if not math.isfinite(means["loss"]):
+                        raise UserError(
+                            f"the loss is {means['loss']} at step {number} of phase {phase.name}; "
+                            f"lower its phases.{phase.name}.learning_rates, or look at the data; "
+                            f"the last good checkpoint is kept in {self.workdir.checkpoints}"
+                        )
+                    if saves and not last:
+                        self.workdir.save(checkpoint(number))
+                    if scores:
+                        result = self.score(checkpoint(number), "validation", overlap=False)
+                        say(f"{phase.name} step {number}: validation mIoU {_percent(result['miou'])}")
+                        board.add_scalar("validation/miou", result["miou"], first_batch + number)
+                    window = time.monotonic()
+        board.close()
+        return checkpoint(phase.steps)
+
+    def _log(self, board, phase, number, first_batch, means, rate) -> None:
+        """One line of metrics.jsonl and the same on TensorBoard."""
+        fastest = max(phase.learning_rates.values())
+        means = {
+            **means,
+            "learning_rate": float(optimizers.schedule(phase, fastest)(number - 1)),
+            "images_per_second": rate,
+        }
+        line = {"phase": phase.name, "step": number, "time": time.time(), **means}
+        self.workdir.append_metrics(line)
+        for key, value in means.items():
+            board.add_scalar(f"train/{key}", value, first_batch + number)
+
+    def search(self, start: Checkpoint, *, k: int, within_class: bool) -> patch_search.Patches:
+        """The k nearest patches of every prototype in the projection split."""
+        inference = self.inference(start.prototypes)
+        classes = self.classes_of(start.prototypes)
+        split = self.config.data.projection_split
+
+        def run(step, name):
+            with Progress(name, self.data.splits[split], 0, unit="image") as progress:
+                return patch_search.search(
+                    self.pool,
+                    step,
+                    variables_of(start.arrays),
+                    progress.watch(self.eval_batches(split)),
+                    num_prototypes=len(classes),
+                    features=self.config.model.features,
+                    k=k,
+                )
+
+        patches = run(
+            patch_search.make_search_step(inference, classes, k=k, within_class=within_class),
+            "projection" if within_class else "pruning",
+        )
+        missing = np.unique(classes[~np.isfinite(patches.squared_distance[:, 0])])
+        for c in missing.tolist() if within_class else []:
+            name = self.data.label_set.names[c]
+            if not self.data.class_pixels(split)[c]:
+                raise UserError(
+                    f"class {name!r} has no pixel in split {split!r} of {self.data.name}, so its "
+                    "prototypes have no patch to become; remove the class or add images of it"
+                )
+            say(
+                f"warning: class {name!r} has pixels but no point on the feature map; its "
+                "prototypes are projected onto cells that contain any of its pixels"
+            )
+            found = run(patch_search.make_fallback_step(inference, c), f"projection of {name}")
+            own = classes == c
+            patches = jax.tree.map(
+                lambda a, b, own=own: np.where(own.reshape(-1, *[1] * (a.ndim - 1)), b, a),
+                patches,
+                found,
+            )
+        return patches
+
+    def projection_phase(self, phase: Phase, start: Checkpoint) -> Checkpoint:
+        """Replace prototypes by their nearest patches; drop duplicates."""
+        clock = time.monotonic()
+        patches = self.search(start, k=1, within_class=True)
+        result = project(patches, self.classes_of(start.prototypes))
+        arrays, prototypes = _keep(start, result.keep)
+        arrays["params"]["prototypes"] = {"vectors": result.vectors}
+        size = feature_size(self.inference(prototypes), tuple(self.config.eval_size))
+        source = self.data.source(self.config.data.projection_split)
+        for prototype, place in zip(prototypes, result.sources, strict=True):
+            example = source[place["image"]]
+            box = inferences.cell_box(
+                place["row"], place["col"], size, example["image"].shape[:2]
+            )
+            prototype.update(place, image_id=example["image_id"], box=box)
+        say(
+            f"projection: {len(start.prototypes)} prototypes became patches, "
+            f"{len(start.prototypes) - len(prototypes)} duplicates dropped"
+        )
+        seconds = time.monotonic() - clock
+        return Checkpoint(phase.name, 1, True, arrays, prototypes, seconds)
+
+    def pruning_phase(self, phase: Phase, start: Checkpoint) -> Checkpoint:
+        """Drop prototypes whose nearest patches are not of their class."""
+        clock = time.monotonic()
+        patches = self.search(start, k=NEIGHBOURS, within_class=False)
+        keep, saved = prune(patches, self.classes_of(start.prototypes))
+        arrays, prototypes = _keep(start, keep)
+        for c in saved:
+            say(
+                f"warning: pruning would have dropped every prototype of class "
+                f"{self.data.label_set.names[c]!r}; its best one is kept"
+            )
+        say(f"pruning: {len(keep)} of {len(start.prototypes)} prototypes stay")
+        seconds = time.monotonic() - clock
+        return Checkpoint(phase.name, 1, True, arrays, prototypes, seconds)
+
+    # -- what a phase leaves behind ------------------------------------------------------------------
+
+    def write_prototypes(self, checkpoint: Checkpoint) -> None:
+        """prototypes.json, the source crops and one picture a class."""
+        names = self.data.label_set.names
+        inference = self.inference(checkpoint.prototypes)
+        eval_size = tuple(self.config.eval_size)
+        size = feature_size(inference, eval_size)
+        keys = ("index", "class", "class_name", "image_id", "row", "col", "box", "squared_distance")
+        entries = [{**p, "class_name": names[p["class"]]} for p in checkpoint.prototypes]
+        write_json(
+            self.workdir.path / "prototypes.json",
+            {
+                "phase": checkpoint.phase,
+                "eval_size": list(eval_size),
+                "feature_size": list(size),
+                "classes": list(names),
+                "prototypes": [{k: e[k] for k in keys} for e in entries],
+            },
+        )
+        folder = self.workdir.path / "prototypes"
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.png"):
+            old.unlink()
+        source = self.data.source(self.config.data.projection_split)
+        infer = jax.jit(lambda v, image: similarity(inference(v, image[None]).distances)[0])
+        variables = variables_of(checkpoint.arrays)
+        for c, name in enumerate(names):
+            own = [(j, e) for j, e in enumerate(entries) if e["class"] == c]
+            if not own:
+                continue
+            images = [source[e["image"]]["image"] for _, e in own]
+            activations = [
+                np.asarray(infer(variables, inference.prepare(image))[..., j])
+                for image, (j, _) in zip(images, own, strict=True)
+            ]
+            for image, (_, entry) in zip(images, own, strict=True):
+                crop, _ = figures.crop_with_context(image, entry["box"])
+                figures.save_png(folder / f"{entry['index']:03d}.png", crop)
+            safe = "".join(ch if ch.isalnum() else "_" for ch in name)
+            figures.class_picture(
+                folder / f"class_{c:02d}_{safe}.png", name, [e for _, e in own], images, activations
+            )
+
+    def summarise(self, phase: Phase, checkpoint: Checkpoint) -> None:
+        """Score a finished phase on validation and add it to summary.json."""
+        scores = self.score(checkpoint, "validation")
+        if phase.kind != "train":
+            self.write_prototypes(checkpoint)
+        self.workdir.add_summary(
+            {
+                "phase": phase.name,
+                "steps": checkpoint.step if phase.kind == "train" else None,
+                "num_prototypes": None if self.black_box else len(checkpoint.prototypes),
+                **{k: scores[k] for k in ("miou", "pixel_accuracy", "pixel_error", "overlap")},
+                **{k: scores[k] for k in ("f_error", "overlap_pooled") if k in scores},
+                "seconds": round(checkpoint.seconds, 2),
+            }
+        )
+        say(f"{phase.name}: validation mIoU {_percent(scores['miou'])}")
+
+    def go(self) -> None:
+        """Every phase that is not yet done."""
+        done = [entry["phase"] for entry in self.workdir.summary()]
+        if all(phase.name in done for phase in self.phases):
+            say(f"this run is finished ({self.workdir.path}); name another --workdir for a new one")
+            print(evaluation.stage_table(self.workdir.summary()))
+            return
+        state, first_batch = self.initial(), 0
+        for phase in self.phases:
+            name = self.workdir.latest(phase.name)
+            if name:
+                state = self.workdir.restore(name)
+            if phase.name not in done:
+                resumed = state.phase == phase.name
+                kept = [p.name for p in self.phases[: self.phases.index(phase)]]
+                self.workdir.truncate_metrics(kept, phase.name, state.step if resumed else 0)
+                if resumed:
+                    say(f"going on in phase {phase.name} after step {state.step}")
+                if not (resumed and state.finished):
+                    state = self._run_phase(phase, state, first_batch)
+                    self.workdir.save(state)
+                self.summarise(phase, state)
+            first_batch += phase.steps if phase.kind == "train" else 0
+        print(evaluation.stage_table(self.workdir.summary()))
+
+    def _run_phase(self, phase: Phase, state: Checkpoint, first_batch: int) -> Checkpoint:
+        if phase.kind == "projection":
+            return self.projection_phase(phase, state)
+        if phase.kind == "pruning":
+            return self.pruning_phase(phase, state)
+        return self.train_phase(phase, state, first_batch)
+
+
+class Progress:
+    """A bar with rate, loss and ETA on a terminal; plain lines elsewhere."""
+
+    def __init__(self, name: str, total: int, done: int, unit: str = "step"):
+        self._plain = not sys.stderr.isatty()
+        self._name, self._total, self._done, self._unit = name, total, done, unit
+        self._start, self._begun, self._said = time.monotonic(), done, 0.0
+        self._bar = tqdm.tqdm(
+            total=total, initial=done, desc=name, unit=unit, disable=self._plain, leave=False
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def update(self, count: int, loss: float | None = None, rate: float | None = None) -> None:
+        """Count done steps or images."""
+        self._done += count
+        if loss is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._plain and (now - self._said > 10 or self._done >= self._total):
+            self._said = now
+            left = (self._total - self._done) * (now - self._start) / (self._done - self._begun)
+            parts = [f"{self._name}: {self._unit} {self._done}/{self._total}"]
+            if loss is not None:
+                parts += [f"loss {loss:.4f}", f"{rate:.1f} images/s"]
+            parts.append(f"{datetime.timedelta(seconds=round(left))} left")
+            say(", ".join(parts))
+
+    def watch(self, batches):
+        """Pass evaluation batches through, counting their images."""
+        for batch in batches:
+            yield batch
+            self.update(int((batch["index"] >= 0).sum()))
+
+
+def _keep(start: Checkpoint, keep: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Arrays and prototypes with only the prototypes at positions `keep`: new shapes."""
+    params = dict(start.arrays["params"])
+    params["prototypes"] = {"vectors": np.asarray(params["prototypes"]["vectors"])[keep]}
+    params["head"] = {"kernel": np.asarray(params["head"]["kernel"])[keep]}
+    arrays = {"params": params, "frozen": start.arrays["frozen"]}
+    return arrays, [dict(start.prototypes[j]) for j in keep.tolist()]
+
+
+def variables_of(arrays: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's arrays as the model's variables."""
+    frozen = {"frozen": arrays["frozen"]} if arrays["frozen"] else {}
+    return {"params": arrays["params"], **frozen}
+
+
+def feature_size(inference: inferences.Inference, size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the feature map of images of a size."""
+    images = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
+    model = inference.model
+    output = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], images)
+    return output.features.shape[1:3]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def manifest(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What a run was made with: versions, commit, devices, command, dtype."""
+    root = Path(protoseg_jax.__file__).resolve().parents[1]
+    commit = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "protoseg_jax": protoseg_jax.__version__,
+        "python": sys.version.split()[0],
+        "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, orbax.checkpoint, np)},
+        "git_commit": commit.stdout.strip() or None,
+        "devices": backend_description(),
+        "command": sys.argv,
+        "compute_dtype": config.compute_dtype,
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Run, or go on with, the experiment of a config in a folder.
+
+    Raises:
+      UserError: the user must change something.
+    """
+    folder = Workdir(workdir)
+    run = Run(config, folder)
+    folder.start(config, manifest(config))
+    run.go()

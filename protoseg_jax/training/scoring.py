@@ -1,0 +1,79 @@
+"""Scoring a finished phase of a run, as eval.py does."""
+
+from pathlib import Path
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import evaluate as evaluation
+from protoseg_jax.evaluation import segmentation
+from protoseg_jax.training.run import Run, variables_of
+from protoseg_jax.workdir import Workdir, write_atomically, write_json
+
+
+def score_run(workdir: str, split: str, phase: str | None, predictions: str | None) -> dict:
+    """Score a run's phase on a split: print the table, write DIR/eval/SPLIT-PHASE.json.
+
+    Args:
+      workdir: the run's folder.
+      split: train, validation or test.
+      phase: a finished phase; None for the last one.
+      predictions: folder for predicted label PNGs (8-bit grey, class numbers), or None.
+
+    Raises:
+      UserError: no run there, the phase is not reached, or the split does not exist.
+    """
+    folder = Workdir.existing(workdir)
+    run = Run(folder.config(), folder)
+    finished = [p.name for p in run.phases if folder.latest(p.name) == p.name]
+    if not finished:
+        raise UserError(f"run {workdir!r} has not finished a phase yet; let train.py go on")
+    phase = phase or finished[-1]
+    if phase not in finished:
+        raise UserError(
+            f"run {workdir!r} has not finished phase {phase!r}; it has {', '.join(finished)}"
+        )
+    checkpoint = folder.restore(phase)
+    names = run.data.label_set.names
+    scores = run.score(checkpoint, split)
+    result = {
+        "split": split,
+        "phase": phase,
+        "images": run.data.splits[split],
+        **scores,
+        "iou": dict(zip(names, scores["iou"], strict=True)),
+    }
+    (folder.path / "eval").mkdir(exist_ok=True)
+    write_json(folder.path / "eval" / f"{split}-{phase}.json", result)
+    print(evaluation.class_table(result, names))
+    if predictions:
+        write_predictions(run, checkpoint, split, Path(predictions))
+    return result
+
+
+def write_predictions(run: Run, checkpoint, split: str, out: Path) -> None:
+    """Predicted labels of a split as 8-bit grey PNGs, IMAGE_ID.png, at the labels' own size."""
+    inference = run.inference(checkpoint.prototypes)
+
+    def predict(variables, batch):
+        def one(image):
+            logits, size = (x[None] for x in image)
+            canvas = batch["label"].shape[1:]
+            return segmentation.upsample(logits, size, canvas)[0].argmax(-1).astype(jnp.uint8)
+
+        output = inference(variables, batch["image"])
+        return jax.lax.map(one, (output.logits, batch["size"]))
+
+    step = run.pool.map(predict)
+    variables = run.pool.replicate(variables_of(checkpoint.arrays))
+    source = run.data.source(split)
+    for batch in run.eval_batches(split):
+        labels = np.asarray(step(variables, run.pool.shard(batch)))
+        labels = labels.reshape(-1, *labels.shape[2:])
+        for label, size, index in zip(labels, batch["size"], batch["index"], strict=True):
+            if index >= 0:
+                _, png = cv2.imencode(".png", label[: size[0], : size[1]])
+                write_atomically(out / f"{source[int(index)]['image_id']}.png", png.tobytes())

@@ -1,0 +1,271 @@
+"""Scores, upsampling and overlap against literal NumPy and PyTorch."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protoseg_jax.evaluation import segmentation
+
+VOID = 255
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def slow_upsample(image, height, width):
+    """Bilinear with half-pixel centres of one [h, w, c] map, pixel by pixel."""
+    h, w = image.shape[:2]
+    out = np.zeros((height, width, image.shape[2]))
+    for y, x in np.ndindex(height, width):
+        sy = max((y + 0.5) * h / height - 0.5, 0.0)
+        sx = max((x + 0.5) * w / width - 0.5, 0.0)
+        y0, x0 = int(sy), int(sx)
+        y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+        fy, fx = sy - y0, sx - x0
+        upper = image[y0, x0] * (1 - fx) + image[y0, x1] * fx
+        lower = image[y1, x0] * (1 - fx) + image[y1, x1] * fx
+        out[y, x] = upper * (1 - fy) + lower * fy
+    return out
+
+
+CANVAS = (24, 31)
+SIZES = np.array([[24, 31], [17, 20], [5, 6], [1, 31], [3, 2]])  # up, equal, down, one row
+upsample = jax.jit(functools.partial(segmentation.upsample, out=CANVAS))
+
+
+def test_upsample_is_bilinear_at_each_images_own_size():
+    maps = np.random.default_rng(0).normal(size=(len(SIZES), 5, 6, 3)).astype(np.float32)
+    full = np.asarray(upsample(maps, SIZES))
+    assert full.shape == (len(SIZES), *CANVAS, 3)
+    for image, size, ours in zip(maps, SIZES, full, strict=True):
+        height, width = size
+        np.testing.assert_allclose(
+            ours[:height, :width], slow_upsample(image, height, width), atol=1e-5
+        )
+    np.testing.assert_allclose(full[2, :5, :6], maps[2], atol=1e-6)
+
+
+@pytest.mark.parity
+def test_upsample_equals_torch():
+    torch = pytest.importorskip("torch")
+    maps = np.random.default_rng(0).normal(size=(len(SIZES), 9, 7, 3)).astype(np.float32)
+    full = np.asarray(upsample(maps, SIZES))
+    for image, size, ours in zip(maps, SIZES, full, strict=True):
+        theirs = torch.nn.functional.interpolate(
+            torch.tensor(image).permute(2, 0, 1)[None],
+            size=tuple(size.tolist()),
+            mode="bilinear",
+            align_corners=False,
+            antialias=False,
+        )[0].permute(1, 2, 0)
+        np.testing.assert_allclose(ours[: size[0], : size[1]], theirs, atol=2e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_upsampling_stays_between_the_extremes_and_finite(seed):
+    """Also outside an image's size: a canvas with NaN would poison what masks by multiplying."""
+    maps = np.random.default_rng(seed).uniform(-3, 5, (len(SIZES), 5, 6, 3)).astype(np.float32)
+    full = np.asarray(upsample(maps, SIZES))
+    assert full.min() >= maps.min() - 1e-5 and full.max() <= maps.max() + 1e-5
+
+
+def slow_confusion(predictions, labels, num_classes):
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    for prediction, label in zip(predictions.flat, labels.flat, strict=True):
+        if label != VOID:
+            matrix[label, prediction] += 1
+    return matrix
+
+
+def random_maps(seed, num_classes=5, shape=(2, 7, 9)):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([*range(num_classes), VOID], shape).astype(np.uint8)
+    return rng.integers(0, num_classes, shape).astype(np.int32), labels
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_confusion_matrix(seed):
+    predictions, labels = random_maps(seed)
+    matrix = np.asarray(segmentation.confusion_matrix(predictions, labels, 5))
+    np.testing.assert_array_equal(matrix, slow_confusion(predictions, labels, 5))
+    changed = np.where(labels == VOID, (predictions + 1) % 5, predictions)
+    np.testing.assert_array_equal(segmentation.confusion_matrix(changed, labels, 5), matrix)
+    parts = [segmentation.confusion_matrix(predictions[i], labels[i], 5) for i in range(2)]
+    np.testing.assert_array_equal(sum(parts), matrix)
+
+
+def test_confusion_matrix_is_exact_beyond_float32():
+    """2²⁴ + 1 equal pixels: the first count that float32 cannot hold."""
+    labels = jnp.zeros((1, 2**24 + 1, 1), jnp.uint8)
+    matrix = segmentation.confusion_matrix(labels.astype(jnp.int32), labels, 2)
+    assert int(matrix[0, 0]) == 2**24 + 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(SEEDS)
+def test_scores_are_the_literal_ones(seed):
+    predictions, labels = random_maps(seed, num_classes=4, shape=(1, 4, 4))
+    predictions[predictions == 3] = 2
+    labels[labels == 3] = VOID  # class 3 is nowhere
+    result = segmentation.scores(slow_confusion(predictions, labels, 4))
+    valid = labels != VOID
+    expected = []
+    for c in range(4):
+        union = ((predictions == c) | (labels == c)) & valid
+        hits = (predictions == c) & (labels == c)
+        expected.append(hits.sum() / union.sum() if union.any() else None)
+    assert result["iou"] == pytest.approx(expected)
+    assert result["iou"][3] is None
+    assert result["miou"] == pytest.approx(np.mean([x for x in expected if x is not None]))
+    accuracy = (predictions == labels)[valid].mean()
+    assert result["pixel_accuracy"] == pytest.approx(accuracy)
+    assert result["pixel_error"] == pytest.approx(1 - accuracy)
+    assert "f_error" not in result
+
+    order = np.random.default_rng(seed).permutation(4)
+    permuted = segmentation.scores(slow_confusion(predictions, labels, 4)[order][:, order])
+    assert permuted["miou"] == pytest.approx(result["miou"])
+    assert permuted["iou"] == [result["iou"][c] for c in order]
+
+
+def test_f_error_is_of_the_inside_class():
+    """Class 0 is the membrane, 1 the inside: 70 found, 10 missed, 4 too many."""
+    result = segmentation.scores(np.array([[16, 4], [10, 70]]))
+    precision, recall = 70 / 74, 70 / 80
+    f_score = 2 * precision * recall / (precision + recall)
+    assert result["f_error"] == pytest.approx(1 - f_score)
+    assert result["pixel_error"] == pytest.approx(0.14)
+
+
+def test_scores_pool_billions_of_pixels_exactly():
+    result = segmentation.scores(np.array([[10**12, 1], [0, 3]], np.int64))
+    assert result["iou"] == [10**12 / (10**12 + 1), 0.75]
+
+
+def test_scores_of_nothing():
+    result = segmentation.scores(np.zeros((3, 3), np.int64))
+    assert result == {
+        "miou": None,
+        "iou": [None] * 3,
+        "pixel_accuracy": None,
+        "pixel_error": None,
+    }
+
+
+top_twentieth = jax.jit(segmentation.top_twentieth)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    SEEDS,
+    st.integers(1, CANVAS[0]),
+    st.integers(1, CANVAS[1]),
+    st.sampled_from(["continuous", "ties", "constant", "negative", "zeros", "wide"]),
+)
+def test_top_twentieth_is_numpys_quantile(seed, height, width, kind):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=CANVAS)
+    x = {
+        "continuous": x,
+        "ties": np.round(2 * x),
+        "constant": np.full(CANVAS, 3.7),
+        "negative": -np.exp(x),
+        "zeros": np.where(rng.random(CANVAS) < 0.5, 0.0, -0.0),
+        "wide": np.exp(20 * x),
+    }[kind].astype(np.float32)
+    inside = np.zeros(CANVAS, bool)
+    inside[:height, :width] = True
+    own = x[:height, :width].astype(np.float64)
+    expected = np.zeros(CANVAS, bool)
+    expected[:height, :width] = own >= np.quantile(own, 0.95)
+    np.testing.assert_array_equal(top_twentieth(x, inside), expected)
+
+
+CLASSES = np.array([2, 0, 0, 1, 2, 3, 2, 0, 0])  # class 3: one prototype; class 4: none
+NUM_CLASSES = 5
+overlap_sums = jax.jit(
+    functools.partial(segmentation.overlap_sums, prototype_classes=CLASSES, num_classes=NUM_CLASSES)
+)
+
+
+def slow_overlap(similarities, labels, sizes):
+    iou, pairs, intersections, unions = 0.0, 0, 0, 0
+    for maps, label, (height, width) in zip(similarities, labels, sizes, strict=True):
+        full = np.asarray(upsample(maps[None], np.array([[height, width]])))[0, :height, :width]
+        for c in range(NUM_CLASSES):
+            if not (label[:height, :width] == c).any():
+                continue
+            active = []
+            for j in np.flatnonzero(CLASSES == c):
+                x = full[:, :, j].astype(np.float64)
+                active.append(x >= np.quantile(x, 0.95))
+            for a, b in itertools.combinations(active, 2):
+                iou += (a & b).sum() / (a | b).sum()
+                pairs += 1
+                intersections += (a & b).sum()
+                unions += (a | b).sum()
+    return iou, pairs, intersections, unions
+
+
+def overlap_example(seed):
+    rng = np.random.default_rng(seed)
+    sizes = np.array([[24, 31], [13, 20], [9, 31]], np.int32)
+    base = rng.uniform(0, 9, (3, 6, 7, 1))
+    similarities = (base + rng.uniform(0, 3, (3, 6, 7, len(CLASSES)))).astype(np.float32)
+    labels = np.full((3, *CANVAS), VOID, np.uint8)
+    for label, (height, width), seen in zip(
+        labels, sizes, ([0, 2], [1, 3, 4, VOID], [0, VOID]), strict=True
+    ):
+        label[:height, :width] = rng.choice(seen, (height, width))
+    return similarities, labels, sizes
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_overlap_is_the_literal_one(seed):
+    similarities, labels, sizes = overlap_example(seed)
+    sums = overlap_sums(similarities, labels, sizes)
+    expected = slow_overlap(similarities, labels, sizes)
+    assert expected[1] == 6 + 3 + 6
+    # Where the two upsamplings round differently a pixel at the cut may change sides.
+    np.testing.assert_allclose(sums, expected, rtol=0.02)
+    assert sums.pairs == expected[1]
+
+
+def test_overlap_of_equal_maps_is_1_and_of_apart_maps_0():
+    similarities, labels, sizes = overlap_example(0)
+    equal = overlap_sums(np.repeat(similarities[..., :1], len(CLASSES), -1), labels, sizes)
+    assert float(equal.iou / equal.pairs) == pytest.approx(1.0)
+    assert equal.intersection == equal.union
+    apart = np.zeros((3, 6, 7, len(CLASSES)), np.float32)
+    for j, where in enumerate(np.random.default_rng(0).permutation(12)[: len(CLASSES)]):
+        apart[:, 2 * (where // 4), 2 * (where % 4), j] = 5.0
+    sums = overlap_sums(apart, labels, sizes)
+    assert sums.intersection == 0 and sums.iou == 0 and sums.pairs == 15
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_overlap_ignores_what_lies_outside_and_the_order(seed):
+    similarities, labels, sizes = overlap_example(seed)
+    sums = overlap_sums(similarities, labels, sizes)
+    order = np.random.default_rng(seed).permutation(3)
+    moved = overlap_sums(similarities[order], labels[order], sizes[order])
+    np.testing.assert_allclose(moved, sums, rtol=1e-5)
+    monotone = overlap_sums(similarities * 2 + 1, labels, sizes)
+    np.testing.assert_allclose(monotone, sums, rtol=0.02)
+    empty = overlap_sums(similarities, np.full_like(labels, VOID), sizes)
+    assert all(float(x) == 0 for x in empty)
+    # An image that pads a batch: void labels and no size of its own.
+    padded = sizes.copy()
+    padded[2], void = 0, labels.copy()
+    void[2] = VOID
+    np.testing.assert_allclose(
+        overlap_sums(similarities, void, padded), overlap_sums(similarities, void, sizes)
+    )

@@ -1,0 +1,28 @@
+"""Train a ProtoSeg: python train.py --config=configs/demo.py [--workdir=DIR] [--smoke] [--config.key=value …]"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from protoseg_jax import errors
+from protoseg_jax.training import phases, run
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: configs/NAME.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/NAME.")
+_SMOKE = flags.DEFINE_bool("smoke", False, "Try every phase with three steps each.")
+
+
+def main() -> None:
+    config = _CONFIG.value
+    if config is None:
+        raise errors.UserError("no --config given; try --config=configs/demo.py")
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    if _SMOKE.value:
+        phases.smoke(config)
+        name += "-smoke"
+    run.train(config, _WORKDIR.value or f"runs/{name}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
