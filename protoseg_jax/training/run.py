@@ -13,6 +13,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -103,7 +104,7 @@ class Run:
             for j, c in enumerate(equal_blocks(count, self.num_classes))
         ]
         inference = self.inference(prototypes)
-        images = np.zeros((1, *self.config.crop_size, 3), np.uint8)
+        images = jnp.zeros((1, *self.config.crop_size, 3), jnp.uint8)
         variables = jax.jit(
             lambda key: inference.model.init(key, inference.preprocessing.normalise(images))
         )(jax.random.key(self.config.seed))
