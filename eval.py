@@ -1,4 +1,7 @@
-"""Score a run: python eval.py --workdir=DIR [--split=validation] [--phase=NAME] [--predictions=OUT]"""
+"""Score a run.
+
+python eval.py --workdir=DIR [--split=validation] [--phase=NAME] [--predictions=OUT]
+"""
 
 from absl import flags
 

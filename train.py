@@ -1,4 +1,7 @@
-"""Train a ProtoSeg: python train.py --config=configs/demo.py [--workdir=DIR] [--smoke] [--config.key=value …]"""
+"""Train a ProtoSeg.
+
+python train.py --config=configs/demo.py [--workdir=DIR] [--smoke] [--config.key=value …]
+"""
 
 from pathlib import Path
 

@@ -98,7 +98,9 @@ def stack_metrics(metrics: Sequence[dict[str, jax.Array]]) -> dict[str, float]:
     Args:
       metrics: one dict of arrays of shape [n] (equal on every device) per step.
     """
-    rows = jax.device_get([{k: v.addressable_shards[0].data for k, v in m.items()} for m in metrics])
+    rows = jax.device_get(
+        [{k: v.addressable_shards[0].data for k, v in m.items()} for m in metrics]
+    )
     return {k: float(np.mean([np.asarray(row[k]).reshape(-1)[0] for row in rows])) for k in rows[0]}
 
 

@@ -1,4 +1,4 @@
-"""User errors: the one exception for them, and the one place where it becomes a line and exit code 2.
+"""User errors: the one exception for them, and the one place where it becomes exit code 2.
 
 Exit codes of every program (the contract of the command line): 0 done; 2 the user must change
 something; 143/130 saved after SIGTERM/Ctrl-C; 1 a bug, with its traceback.
@@ -38,7 +38,9 @@ def require_config_file(argv: Sequence[str], flag: str = "config") -> None:
                 value = argv[position + 1] if position + 1 < len(argv) else ""
             path = value.partition(":")[0]
             if not epath.Path(path).is_file():
-                raise UserError(f"config file {path!r} does not exist; configs/ holds the ready ones")
+                raise UserError(
+                    f"config file {path!r} does not exist; configs/ holds the ready ones"
+                )
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -58,7 +60,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parse absl flags and run `main`; a `UserError` or a bad flag ends with one line and exit code 2."""
+    """Parse absl flags, run `main`; a `UserError` or bad flag ends with one line and code 2."""
 
     def guarded(_: Sequence[str]) -> None:
         try:

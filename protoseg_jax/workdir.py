@@ -5,11 +5,11 @@ config.json · manifest.json · metrics.jsonl · tensorboard/ · checkpoints/ ·
 prototypes/ · summary.json · eval/ · explain/
 ```
 
-Checkpoints are Orbax PyTree checkpoints of unreplicated NumPy arrays, so that a run restores on any
-number of devices. `checkpoints/PHASE` is the end of a phase, `checkpoints/PHASE-STEP` a place inside
-one. What is not an array (phase, step, which prototype belongs to which class and where it comes
-from) lies beside the arrays in `checkpoints/NAME.json`, written last: a checkpoint without it does
-not count.
+Checkpoints are Orbax PyTree checkpoints of unreplicated NumPy arrays, so that a run restores on
+any number of devices. `checkpoints/PHASE` is the end of a phase, `checkpoints/PHASE-STEP` a place
+inside one. What is not an array (phase, step, which prototype belongs to which class and where it
+comes from) lies beside the arrays in `checkpoints/NAME.json`, written last: a checkpoint without it
+does not count.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ class Workdir:
         """The run's config."""
         return ml_collections.ConfigDict(self.config_json())
 
-    # -- checkpoints -----------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint; older ones inside the phase are dropped (all of them at its end)."""
@@ -204,7 +204,7 @@ class Workdir:
         inside = sorted(self.checkpoints.glob(f"{phase}-[0-9]*.json"))
         return inside[-1].stem if inside else None
 
-    # -- metrics and results -----------------------------------------------------------------------
+    # -- metrics and results -------------------------------------------------------------------
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

@@ -1,8 +1,8 @@
 """Training augmentation (section 4; METHOD's table): random scale, crop, flip — seeded per example.
 
-A uniform scale s in `scale_range` resizes an image to ⌊h·s⌋ × ⌊w·s⌋ (bilinear without antialiasing,
-labels nearest); what is smaller than the crop is padded at the bottom and right with the mean colour
-and void; then a random crop, and a horizontal flip half of the time.
+A uniform scale s in `scale_range` resizes an image to ⌊h·s⌋ × ⌊w·s⌋ (bilinear without
+antialiasing, labels nearest); what is smaller than the crop is padded at the bottom and right with
+the mean colour and void; then a random crop, and a horizontal flip half of the time.
 """
 
 import dataclasses

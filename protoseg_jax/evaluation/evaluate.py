@@ -1,4 +1,4 @@
-"""Scoring a model on a split: one pass on the devices, shared by training, summaries and eval.py."""
+"""Scoring a model on a split: one pass on the devices, for training and eval.py alike."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +11,6 @@ from protoseg_jax.devices import DevicePool, psum
 from protoseg_jax.evaluation import segmentation
 from protoseg_jax.inference import Inference
 from protoseg_jax.models.prototypes import similarity
-
 
 
 def make_eval_step(
@@ -128,7 +127,10 @@ def _duration(seconds: float) -> str:
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        "  ".join(
+            c.rjust(w) if i else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:]])

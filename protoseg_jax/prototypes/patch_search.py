@@ -1,9 +1,10 @@
 """The k nearest training patches of every prototype: one pmap'd pass over a data set.
 
-Each device keeps its own running best (squared distance, feature, image, row, col, class, a prototype
-each) and merges every batch into it; only the final tables reach the host. From one image at most
-one patch, the nearest, can be among a prototype's k. Ties go to the lower image number, then to the
-earlier point in row-major order, so the result does not depend on how images fall to devices.
+Each device keeps its own running best (squared distance, feature, image, row, col and class of each
+prototype's patches) and merges every batch into it; only the final tables reach the host. From one
+image at most one patch, the nearest, can be among a prototype's k. Ties go to the lower image
+number, then to the earlier point in row-major order, so the result does not depend on how images
+fall to devices.
 """
 
 from collections.abc import Callable, Iterable
@@ -139,7 +140,7 @@ def make_search_step(
 
 
 def make_fallback_step(inference: Inference, c: int) -> Callable:
-    """As `make_search_step`, for a class without a point in Y_Z: any cell with a pixel of class c."""
+    """As `make_search_step`, for a class without a point in Y_Z: cells with any pixel of it."""
 
     def step(table: Patches, variables, batch) -> Patches:
         output = inference(variables, batch["image"])

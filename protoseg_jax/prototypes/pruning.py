@@ -2,8 +2,8 @@
 
 A prototype stays if at least 3 of its k = 6 nearest training patches — at most one an image, over
 all non-void points — are of its class. A patch's class is Y_Z, as in projection (the released code
-counts a patch as c if *any* of its pixels is). Where fewer than 6 images hold patches, at least half
-of the patches found must be of the class. The last prototype of a class is kept.
+counts a patch as c if *any* of its pixels is). Where fewer than 6 images hold patches, at least
+half of the patches found must be of the class. The last prototype of a class is kept.
 """
 
 import numpy as np

@@ -1,8 +1,9 @@
 """A phase's optimiser: `optax.multi_transform` over the phase's parameter groups.
 
-Section 4: Adam (β = 0.9/0.999, ε = 1e-8) with weight decay 5e-4. The decay is *coupled* L2, as in the
-released code: added to the gradient before the moments, on the backbone's convolutions and on the
-ASPP's kernels and biases; none on prototypes and none on w_h. Every phase starts with fresh moments.
+Section 4: Adam (β = 0.9/0.999, ε = 1e-8) with weight decay 5e-4. The decay is *coupled* L2, as in
+the released code: added to the gradient before the moments, on the backbone's convolutions and on
+the ASPP's kernels and biases; none on prototypes, none on w_h. Every phase starts with fresh
+moments.
 """
 
 from collections.abc import Mapping

@@ -77,7 +77,7 @@ class Run:
         self.num_classes = len(self.data.label_set)
         self.black_box = config.model.head == "linear"
 
-    # -- models and data ---------------------------------------------------------------------------
+    # -- models and data -----------------------------------------------------------------------
 
     def inference(self, prototypes: list[dict[str, Any]]) -> inferences.Inference:
         """The model for these prototypes."""
@@ -126,7 +126,7 @@ class Run:
             overlap=overlap,
         )
 
-    # -- the phases --------------------------------------------------------------------------------
+    # -- the phases ----------------------------------------------------------------------------
 
     def train_phase(self, phase: Phase, start: Checkpoint, first_batch: int) -> Checkpoint:
         """Run an optimiser phase from `start` (the phase before, or a place inside this one).
@@ -218,7 +218,8 @@ class Run:
                         self.workdir.save(checkpoint(number))
                     if scores:
                         result = self.score(checkpoint(number), "validation", overlap=False)
-                        say(f"{phase.name} step {number}: validation mIoU {_percent(result['miou'])}")
+                        miou = _percent(result["miou"])
+                        say(f"{phase.name} step {number}: validation mIoU {miou}")
                         board.add_scalar("validation/miou", result["miou"], first_batch + number)
                     window = time.monotonic()
         board.close()
@@ -291,9 +292,7 @@ class Run:
         source = self.data.source(self.config.data.projection_split)
         for prototype, place in zip(prototypes, result.sources, strict=True):
             example = source[place["image"]]
-            box = inferences.cell_box(
-                place["row"], place["col"], size, example["image"].shape[:2]
-            )
+            box = inferences.cell_box(place["row"], place["col"], size, example["image"].shape[:2])
             prototype.update(place, image_id=example["image_id"], box=box)
         say(
             f"projection: {len(start.prototypes)} prototypes became patches, "
@@ -317,7 +316,7 @@ class Run:
         seconds = time.monotonic() - clock
         return Checkpoint(phase.name, 1, True, arrays, prototypes, seconds)
 
-    # -- what a phase leaves behind ------------------------------------------------------------------
+    # -- what a phase leaves behind ------------------------------------------------------------
 
     def write_prototypes(self, checkpoint: Checkpoint) -> None:
         """prototypes.json, the source crops and one picture a class."""

@@ -102,9 +102,7 @@ def make_step(
             "diversity": jnp.zeros(()),
         }
         if diversity_weight:
-            similarity = losses.diversity(
-                output.distances, points, prototype_classes, num_classes
-            )
+            similarity = losses.diversity(output.distances, points, prototype_classes, num_classes)
             terms["diversity"] = similarity.sum() / counts["pairs"]
         total = terms["cross_entropy"] + diversity_weight * terms["diversity"]
         return total, terms
@@ -118,9 +116,7 @@ def make_step(
         gradient = jax.value_and_grad(loss, has_aux=True)
 
         def micro_step(images, points):
-            (_, terms), grads = gradient(
-                state.trainable, frozen, constants, images, points, counts
-            )
+            (_, terms), grads = gradient(state.trainable, frozen, constants, images, points, counts)
             return grads, terms
 
         if accumulate == 1:

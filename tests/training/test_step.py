@@ -1,0 +1,263 @@
+"""The train step: N devices = 1 device, accumulation changes nothing, frozen groups stay."""
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from protoseg_jax import inference as inferences
+from protoseg_jax.devices import DevicePool
+from protoseg_jax.errors import UserError
+from protoseg_jax.models.prototypes import equal_blocks
+from protoseg_jax.training import optimizer, phases
+from protoseg_jax.training import step as steps
+
+C, K, SIZE = 4, 3, (33, 33)
+
+
+def make_config(**loss):
+    model = {
+        "backbone": "resnet",
+        "depth": 14,
+        "width": 8,
+        "norm": "group",
+        "stride_in": "3x3",
+        "output_stride": 8,
+        "aspp_rates": (1, 2),
+        "head": "prototypes",
+        "features": 8,
+        "preprocessing": "imagenet",
+    }
+    loss = {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present", **loss}
+    return ml_collections.ConfigDict(
+        {"model": model, "loss": loss, "compute_dtype": "float32", "eval_size": SIZE}
+    )
+
+
+JOINT = phases.Phase(
+    "joint", "train", 10, {"backbone": 1e-3, "aspp": 1e-3, "prototypes": 1e-3}, "poly"
+)
+WARMUP = phases.Phase("warmup", "train", 10, {"aspp": 1e-3, "prototypes": 1e-3})
+FINETUNE = phases.Phase("finetune", "train", 10, {"head": 1e-2}, l1=True)
+
+
+def setup(config):
+    inference = inferences.from_config(config, C, C * K)
+    images = np.zeros((1, *SIZE, 3), np.float32)
+    return inference, jax.jit(inference.model.init)(jax.random.key(0), images)["params"]
+
+
+def batch(size=8):
+    """Uneven content: void, absent classes, an image that is all void."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, C, (size, 5, 5)).repeat(7, 1).repeat(7, 2)[:, :33, :33]
+    labels[1] = 255
+    labels[2, :20] = 255
+    labels[3] = 1
+    return {
+        "image": rng.integers(0, 256, (size, *SIZE, 3)).astype(np.uint8),
+        "label": labels.astype(np.uint8),
+    }
+
+
+def run(config, phase, devices, accumulate=1, count=1):
+    inference, params = setup(config)
+    pool = DevicePool(jax.local_devices()[:devices])
+    step = pool.map(
+        steps.make_step(
+            inference,
+            phase,
+            prototype_classes=equal_blocks(C * K, C),
+            num_classes=C,
+            loss_config=config.loss,
+            accumulate=accumulate,
+            feature_size=(5, 5),
+        )
+    )
+    _, frozen = steps.split(params, phase)
+    state = pool.replicate(steps.init_state(params, phase))
+    for _ in range(count):
+        state, metrics = step(state, pool.replicate(frozen), {}, pool.shard(batch()))
+    metrics = {k: float(np.asarray(v)[0]) for k, v in metrics.items()}
+    return pool.first(state), metrics
+
+
+def first_gradient(state):
+    """After one step Adam's first moment is (1 − β₁) times the gradient (with its decay)."""
+    moments = state.moments.inner_states
+    return [
+        leaf.astype(np.float64)
+        for group in sorted(moments)
+        for adam in jax.tree.leaves(
+            moments[group], is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
+        )
+        if isinstance(adam, optax.ScaleByAdamState)
+        for leaf in jax.tree.leaves(adam.mu)
+    ]
+
+
+def assert_same_gradients(first, second, tolerance=1e-5):
+    pairs = list(zip(first_gradient(first), first_gradient(second), strict=True))
+    assert len(pairs) > 20
+    for a, b in pairs:
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a) + 1e-9
+
+
+@pytest.mark.parametrize("reduction", ["present", "all_classes"])
+def test_several_devices_compute_what_one_computes(reduction):
+    config = make_config(diversity_reduction=reduction)
+    one, metrics_one = run(config, JOINT, 1)
+    four, metrics_four = run(config, JOINT, 4)
+    assert_same_gradients(one, four)
+    assert metrics_one == pytest.approx(metrics_four, rel=1e-5)
+
+
+def test_accumulation_changes_nothing():
+    config = make_config()
+    whole, metrics_whole = run(config, JOINT, 1)
+    parts, metrics_parts = run(config, JOINT, 2, accumulate=2)
+    assert_same_gradients(whole, parts)
+    assert metrics_whole == pytest.approx(metrics_parts, rel=1e-5)
+
+
+@pytest.mark.parametrize("phase", [WARMUP, JOINT, FINETUNE], ids=lambda p: p.name)
+def test_a_phase_moves_its_groups_and_only_those(phase):
+    config = make_config()
+    _, params = setup(config)
+    state, metrics = run(config, phase, 1)
+    assert set(state.trainable) == set(phase.learning_rates)
+    for group, tree in state.trainable.items():
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), tree, params[group])
+        assert any(jax.tree.leaves(moved)), group
+    assert (metrics["l1"] > 0) == (phase is FINETUNE)
+    expected = metrics["cross_entropy"] + 0.25 * metrics["diversity"] + 1e-4 * metrics["l1"]
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_training_lowers_the_loss():
+    _, first = run(make_config(), JOINT, 1)
+    _, last = run(make_config(), JOINT, 1, count=8)
+    assert last["cross_entropy"] < first["cross_entropy"]
+
+
+def test_all_void_batch_is_finite():
+    config = make_config()
+    inference, params = setup(config)
+    pool = DevicePool(jax.local_devices()[:1])
+    step = pool.map(
+        steps.make_step(
+            inference,
+            JOINT,
+            prototype_classes=equal_blocks(C * K, C),
+            num_classes=C,
+            loss_config=config.loss,
+            accumulate=1,
+            feature_size=(5, 5),
+        )
+    )
+    void = {**batch(), "label": np.full((8, *SIZE), 255, np.uint8)}
+    _, frozen = steps.split(params, JOINT)
+    state = pool.replicate(steps.init_state(params, JOINT))
+    state, metrics = step(state, pool.replicate(frozen), {}, pool.shard(void))
+    assert float(metrics["loss"][0]) == 0.0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(pool.first(state.trainable)))
+
+
+def literal_adam(p, gradients, rates, decay):
+    """PyTorch's Adam with coupled L2, step by step."""
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, (g, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        g = g + decay * p
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        p = p - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return p
+
+
+def test_optimizer_is_adam_with_coupled_decay_where_the_method_has_it():
+    rng = np.random.default_rng(0)
+    tree = {
+        "backbone": {
+            "conv1": {"kernel": rng.normal(size=3)},
+            "norm1": {"scale": rng.normal(size=3)},
+        },
+        "aspp": {"conv_0": {"kernel": rng.normal(size=3), "bias": rng.normal(size=3)}},
+        "prototypes": {"vectors": rng.normal(size=3)},
+    }
+    tree = jax.tree.map(np.float32, tree)
+    rates = {"backbone": 1e-4, "aspp": 1e-3, "prototypes": 1e-3}
+    phase = phases.Phase("joint", "train", 5, rates, "poly")
+    transform = optimizer.make(phase, tree)
+    gradients = [jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), tree) for _ in "123"]
+    state, params = transform.init(tree), tree
+    for g in gradients:
+        updates, state = transform.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, got in leaves:
+        keys = [k.key for k in path]
+        decay = 5e-4 if keys[-1] == "kernel" or keys[0] == "aspp" else 0.0
+        schedule = [rates[keys[0]] * (1 - t / 5) ** 0.9 for t in range(3)]
+        series = [dict(jax.tree_util.tree_leaves_with_path(g))[path] for g in gradients]
+        start = dict(jax.tree_util.tree_leaves_with_path(tree))[path]
+        np.testing.assert_allclose(got, literal_adam(start, series, schedule, decay), rtol=2e-5)
+
+
+def test_frozen_groups_cost_nothing():
+    """Warm-up has no backward pass through the ResNet, fine-tuning keeps to w_h."""
+    config = make_config()
+    config.model.width = 32
+    inference, params = setup(config)
+    data = batch()
+    forward = jax.jit(lambda p, x: inference({"params": p}, x).logits)
+    base = forward.lower(params, data["image"]).compile().cost_analysis()["flops"]
+    pool = DevicePool(jax.local_devices()[:1])
+    for phase, limit in ((WARMUP, 1.25), (FINETUNE, 1.1)):
+        step = pool.map(
+            steps.make_step(
+                inference,
+                phase,
+                prototype_classes=equal_blocks(C * K, C),
+                num_classes=C,
+                loss_config=config.loss,
+                accumulate=1,
+                feature_size=(5, 5),
+            )
+        )
+        _, frozen = steps.split(params, phase)
+        state = pool.replicate(steps.init_state(params, phase))
+        lowered = step.lower(state, pool.replicate(frozen), {}, pool.shard(data))
+        assert lowered.compile().cost_analysis()["flops"] <= limit * base, phase.name
+
+
+def test_phases_of_a_black_box_have_the_same_budget():
+    config = ml_collections.ConfigDict({"model": {"head": "linear"}})
+    training = {"learning_rates": {"aspp": 1e-3, "head": 1.0}, "schedule": "constant"}
+    config.phases = {n: {"steps": 5, **training} for n in ("warmup", "joint", "finetune")}
+    config.phases.projection = {"steps": 1}
+    found = phases.from_config(config)
+    assert [(p.name, p.steps) for p in found] == [("warmup", 5), ("joint", 10)]
+    assert all(set(p.learning_rates) == {"aspp"} for p in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"warm": {"steps": 1}}, "phases.warm is no phase"),
+        ({"warmup": {"steps": -1}}, "must not be negative"),
+        ({"warmup": {"steps": 1, "learning_rates": {"aps": 1.0}, "schedule": "poly"}}, "aps"),
+        ({"warmup": {"steps": 1, "learning_rates": {}, "schedule": "cosine"}}, "cosine"),
+    ],
+)
+def test_bad_phases_are_refused(change, message):
+    config = ml_collections.ConfigDict({"model": {"head": "prototypes"}, "phases": change})
+    with pytest.raises(UserError, match=message):
+        phases.from_config(config)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    pool = DevicePool(jax.local_devices()[:4])
+    pool.check_batch(8)
+    for size in (6, 0, -4):
+        with pytest.raises(UserError, match="batch_size"):
+            pool.check_batch(size)
