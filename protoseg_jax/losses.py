@@ -119,8 +119,8 @@ def jeffreys_divergence(
     p = jnp.where(valid, jnp.exp(log_p), 0.0)
     log_p = jnp.where(valid, log_p, 0.0)
     # Both differences lose what the K distributions share at a point. Taking it away first keeps
-    # the digits: alike distributions are then exactly 0 apart. D_J does not depend on it, hence
-    # no gradient.
+    # the digits: without, the gradient between nearly alike distributions is mostly rounding. D_J
+    # does not depend on it, hence no gradient.
     p -= jax.lax.stop_gradient(p.mean(-1, keepdims=True))
     log_p -= jax.lax.stop_gradient(log_p.mean(-1, keepdims=True))
     spread = jnp.where(members[..., None], p[:, :, None, :], 0.0).reshape(b, n, -1)

@@ -244,6 +244,23 @@ def test_diversity_gradient_of_single_entries():
         np.testing.assert_allclose(gradient[tuple(index)], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_nearly_alike_prototypes_are_still_pushed_apart():
+    """1 − S is about 1e-7 here: without care, the gradient is all rounding."""
+    rng = np.random.default_rng(0)
+    distances = rng.uniform(0, 20, (1, 6, 5, 1)) + 1e-3 * rng.uniform(size=(1, 6, 5, 4))
+    distances = distances.astype(np.float32)
+    labels, classes = np.zeros((1, 6, 5), np.int32), np.zeros(4, int)
+    gradient = jax.grad(lambda d: losses.diversity(d, labels, classes, 1).sum())(distances)
+    expected = np.zeros(distances.shape)
+    for index in np.ndindex(distances.shape):
+        step = np.zeros(distances.shape)
+        step[index] = 1e-4
+        up, _ = slow_diversity(distances + step, labels, classes, 1)
+        down, _ = slow_diversity(distances - step, labels, classes, 1)
+        expected[index] = (up.sum() - down.sum()) / 2e-4
+    np.testing.assert_allclose(gradient, expected, atol=0.02 * np.abs(expected).max())
+
+
 def test_low_precision_inputs_are_computed_in_float32():
     distances, labels = example(7, 5.0)
     rounded = jnp.asarray(distances, jnp.bfloat16)

@@ -57,7 +57,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registr
     part_names: tuple[str, ...] | None = None
 
     def __init__(self, *, cache_dir: str | os.PathLike, source: Iterable[Any]):
-        """Args: cache_dir: the cache; source: all that decides the examples, for the fingerprint."""
+        """`source` is all that decides the examples, for the fingerprint."""
         self._root = Path(cache_dir).expanduser() / f"{self.name}-{fingerprint(source)}"
         super().__init__(data_dir=self._root, file_format="array_record")
 

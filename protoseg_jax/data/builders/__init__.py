@@ -1,0 +1,48 @@
+"""Data sets as TFDS builders, one file each; `load` prepares one and gives access to it."""
+
+import os
+
+from protoseg_jax.data.builders.base import SegmentationData
+from protoseg_jax.data.builders.camvid import CamVid
+from protoseg_jax.data.builders.folder import Folder
+from protoseg_jax.data.builders.parts import Parts
+from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.errors import UserError
+
+_NAMES = ("parts", "camvid", "folder")
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | None,
+    cache_dir: str | os.PathLike,
+    seed: int,
+    void: int | None = None,
+) -> SegmentationData:
+    """A data set, prepared in the cache on first use.
+
+    Args:
+      name: parts, camvid or folder.
+      data_dir: where its files lie (not used by parts).
+      cache_dir: where prepared data sets are kept.
+      seed: of what is generated (parts) or drawn (folder's split).
+      void: folder's mask value for "no label"; 255 by default.
+
+    Raises:
+      UserError: unknown name, or data that is missing or wrong.
+    """
+    if name not in _NAMES:
+        raise UserError(f"data.name={name!r} is unknown; choose one of {', '.join(_NAMES)}")
+    if name != "parts" and not data_dir:
+        raise UserError(f"data set {name!r} needs its folder; set --config.data.dir=PATH")
+    if name == "parts":
+        builder = Parts(cache_dir=cache_dir, seed=seed)
+    elif name == "camvid":
+        builder = CamVid(cache_dir=cache_dir, data_dir=data_dir)
+    else:
+        builder = Folder(
+            cache_dir=cache_dir, data_dir=data_dir, seed=seed, void=VOID if void is None else void
+        )
+    builder.prepare()
+    return SegmentationData(builder)
