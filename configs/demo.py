@@ -34,7 +34,6 @@ def get_config() -> ConfigDict:
     c.model.features = 32
     c.model.prototypes_per_class = 8
     c.model.preprocessing = "imagenet"
-    c.pretrained = ConfigDict({"path": config_dict.placeholder(str)})
 
     c.loss = ConfigDict({"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"})
 

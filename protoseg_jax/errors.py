@@ -7,7 +7,7 @@ something; 143/130 saved after SIGTERM/Ctrl-C; 1 a bug, with its traceback.
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 
@@ -63,6 +63,7 @@ def run(main: Callable[[], None]) -> None:
     """Parse absl flags, run `main`; a `UserError` or bad flag ends with one line and code 2."""
 
     def guarded(_: Sequence[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell every step they take
         try:
             main()
         except UserError as error:
