@@ -1,5 +1,7 @@
 """The train step: N devices = 1 device, accumulation changes nothing, frozen groups stay."""
 
+import functools
+
 import jax
 import ml_collections
 import numpy as np
@@ -42,6 +44,9 @@ WARMUP = phases.Phase("warmup", "train", 10, {"aspp": 1e-3, "prototypes": 1e-3})
 FINETUNE = phases.Phase("finetune", "train", 10, {"head": 1e-2}, l1=True)
 
 
+PHASES = {phase.name: phase for phase in (WARMUP, JOINT, FINETUNE)}
+
+
 def setup(config):
     inference = inferences.from_config(config, C, C * K)
     images = np.zeros((1, *SIZE, 3), np.float32)
@@ -61,7 +66,9 @@ def batch(size=8):
     }
 
 
-def run(config, phase, devices, accumulate=1, count=1):
+@functools.cache
+def run(phase_name, devices, accumulate=1, count=1, reduction="present"):
+    config, phase = make_config(diversity_reduction=reduction), PHASES[phase_name]
     inference, params = setup(config)
     pool = DevicePool(jax.local_devices()[:devices])
     step = pool.map(
@@ -106,26 +113,23 @@ def assert_same_gradients(first, second, tolerance=1e-5):
 
 @pytest.mark.parametrize("reduction", ["present", "all_classes"])
 def test_several_devices_compute_what_one_computes(reduction):
-    config = make_config(diversity_reduction=reduction)
-    one, metrics_one = run(config, JOINT, 1)
-    four, metrics_four = run(config, JOINT, 4)
+    one, metrics_one = run("joint", 1, reduction=reduction)
+    four, metrics_four = run("joint", 4, reduction=reduction)
     assert_same_gradients(one, four)
     assert metrics_one == pytest.approx(metrics_four, rel=1e-5)
 
 
 def test_accumulation_changes_nothing():
-    config = make_config()
-    whole, metrics_whole = run(config, JOINT, 1)
-    parts, metrics_parts = run(config, JOINT, 2, accumulate=2)
+    whole, metrics_whole = run("joint", 1)
+    parts, metrics_parts = run("joint", 2, accumulate=2)
     assert_same_gradients(whole, parts)
     assert metrics_whole == pytest.approx(metrics_parts, rel=1e-5)
 
 
 @pytest.mark.parametrize("phase", [WARMUP, JOINT, FINETUNE], ids=lambda p: p.name)
 def test_a_phase_moves_its_groups_and_only_those(phase):
-    config = make_config()
-    _, params = setup(config)
-    state, metrics = run(config, phase, 1)
+    _, params = setup(make_config())
+    state, metrics = run(phase.name, 1)
     assert set(state.trainable) == set(phase.learning_rates)
     for group, tree in state.trainable.items():
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), tree, params[group])
@@ -136,8 +140,8 @@ def test_a_phase_moves_its_groups_and_only_those(phase):
 
 
 def test_training_lowers_the_loss():
-    _, first = run(make_config(), JOINT, 1)
-    _, last = run(make_config(), JOINT, 1, count=8)
+    _, first = run("joint", 1)
+    _, last = run("joint", 1, count=8)
     assert last["cross_entropy"] < first["cross_entropy"]
 
 

@@ -1,0 +1,269 @@
+"""A whole run on ten hand-made images in three sizes: every phase, what it leaves, going on."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from protoseg_jax.errors import UserError
+from protoseg_jax.models.prototypes import similarity
+from protoseg_jax.training import run as runs
+from protoseg_jax.training import scoring
+from protoseg_jax.training.run import Run, variables_of
+from protoseg_jax.workdir import Workdir
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = [(40, 56), (64, 48), (50, 50)]
+PHASES = ["warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned"]
+
+
+def make_data(root):
+    """Bright discs, dark bars, grey ground; no split lists; some void."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    (root / "classes.txt").write_text("ground\ndisc\nbar\n")
+    for n in range(10):
+        h, w = SIZES[n % 3]
+        y, x = np.mgrid[:h, :w]
+        mask = np.zeros((h, w), np.uint8)
+        mask[(y - h / 3) ** 2 + (x - w / 3) ** 2 < 120] = 1
+        mask[h // 2 + 6 : h // 2 + 16] = 2
+        mask[:2] = 255
+        colours = np.array([[120, 120, 120], [230, 220, 40], [20, 30, 60]])
+        image = colours[np.where(mask == 255, 0, mask)] + rng.normal(0, 12, (h, w, 3))
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(
+            root / "images" / f"im{n}.png"
+        )
+        Image.fromarray(mask).save(root / "masks" / f"im{n}.png")
+
+
+def make_config(root):
+    training = {"steps": 3, "schedule": "constant"}
+    new = {"aspp": 1e-3, "prototypes": 1e-3}
+    head = {**training, "learning_rates": {"head": 1e-3}}
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "batch_size": 2,
+            "accumulate": 1,
+            "compute_dtype": "float32",
+            "crop_size": (33, 33),
+            "eval_size": (49, 57),
+            "eval_batch_size": 3,
+            "data": {
+                "name": "folder",
+                "dir": str(root / "own"),
+                "cache": str(root / "cache"),
+                "workers": 0,
+                "train_split": "train",
+                "projection_split": "train",
+                "void": 255,
+            },
+            "augment": {"scale": (0.5, 1.5)},
+            "model": {
+                "backbone": "resnet",
+                "depth": 14,
+                "width": 8,
+                "norm": "group",
+                "stride_in": "3x3",
+                "output_stride": 8,
+                "aspp_rates": (1, 2),
+                "head": "prototypes",
+                "features": 8,
+                "prototypes_per_class": 3,
+                "preprocessing": "imagenet",
+            },
+            "loss": {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"},
+            "phases": {
+                "warmup": {**training, "learning_rates": new},
+                "joint": {**training, "learning_rates": {**new, "backbone": 1e-3}},
+                "projection": {"steps": 1},
+                "finetune": head,
+                "pruning": {"steps": 1},
+                "finetune_pruned": head,
+            },
+            "log_every": 1,
+            "eval_every": 2,
+            "checkpoint_every": 2,
+        }
+    )
+
+
+def one_device():
+    from protoseg_jax.devices import DevicePool
+
+    return DevicePool(jax.local_devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    make_data(root / "own")
+    config = make_config(root)
+    workdir = Workdir(root / "work")
+    run = Run(config, workdir, one_device())
+    workdir.start(config, runs.manifest(config))
+    run.go()
+    return run
+
+
+def test_every_phase_is_scored(finished):
+    summary = finished.workdir.summary()
+    assert [e["phase"] for e in summary] == PHASES
+    assert [e["steps"] for e in summary] == [3, 3, None, 3, None, 3]
+    counts = [e["num_prototypes"] for e in summary]
+    assert counts[0] == counts[1] == 9 >= counts[2] == counts[3] >= counts[4] == counts[5] >= 3
+    for entry in summary:
+        assert 0 <= entry["miou"] <= 1
+        assert entry["pixel_accuracy"] + entry["pixel_error"] == pytest.approx(1)
+
+
+def test_metrics_have_one_line_a_logged_step(finished):
+    text = (finished.workdir.path / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    training = [p for p in PHASES if p not in ("projection", "pruning")]
+    assert [(x["phase"], x["step"]) for x in lines] == [(p, s) for p in training for s in (1, 2, 3)]
+    keys = {"phase", "step", "time", "loss", "cross_entropy", "diversity", "l1"}
+    assert all(set(x) == keys | {"learning_rate", "images_per_second"} for x in lines)
+
+
+def test_prototypes_are_patches_of_their_class_and_fire_fully_there(finished):
+    record = json.loads((finished.workdir.path / "prototypes.json").read_text())
+    assert record["classes"] == ["ground", "disc", "bar"]
+    checkpoint = finished.workdir.restore("finetune_pruned")
+    inference = finished.inference(checkpoint.prototypes)
+    source = finished.data.source("train")
+    examples = {source[n]["image_id"]: source[n] for n in range(len(source))}
+    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]))
+    assert {p["class"] for p in record["prototypes"]} == {0, 1, 2}
+    for j, prototype in enumerate(record["prototypes"]):
+        example = examples[prototype["image_id"]]
+        row, col = prototype["row"], prototype["col"]
+        output = infer(inference.prepare(example["image"]))
+        fired = float(similarity(output.distances)[0, row, col, j])
+        assert fired == pytest.approx(math.log(1e4), abs=1e-3)
+        (h, w), (height, width) = record["feature_size"], example["label"].shape
+        centre = example["label"][int((row + 0.5) * height / h), int((col + 0.5) * width / w)]
+        assert centre == prototype["class"]
+        top, left, bottom, right = prototype["box"]
+        assert 0 <= top < bottom <= height and 0 <= left < right <= width
+        assert (finished.workdir.path / "prototypes" / f"{prototype['index']:03d}.png").is_file()
+    pictures = sorted((finished.workdir.path / "prototypes").glob("class_*.png"))
+    assert [p.name for p in pictures] == [
+        "class_00_ground.png",
+        "class_01_disc.png",
+        "class_02_bar.png",
+    ]
+
+
+def test_scores_equal_a_literal_computation(finished):
+    """Validation mIoU from the images one by one, logits resized by OpenCV."""
+    import cv2
+
+    checkpoint = finished.workdir.restore("finetune_pruned")
+    inference = finished.inference(checkpoint.prototypes)
+    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]).logits[0])
+    source, confusion = finished.data.source("validation"), np.zeros((3, 3), np.int64)
+    for n in range(len(source)):
+        label = source[n]["label"]
+        logits = np.asarray(infer(inference.prepare(source[n]["image"])))
+        guess = cv2.resize(logits, label.shape[::-1], interpolation=cv2.INTER_LINEAR).argmax(-1)
+        for truth, predicted in zip(label.ravel(), guess.ravel(), strict=True):
+            if truth != 255:
+                confusion[truth, predicted] += 1
+    hits = np.diagonal(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    expected = np.mean([h / u for h, u in zip(hits, union, strict=True) if u])
+    assert finished.workdir.summary()[-1]["miou"] == pytest.approx(expected, abs=2e-3)
+
+
+def test_eval_writes_scores_and_predictions(finished, tmp_path):
+    path = finished.workdir.path
+    result = scoring.score_run(str(path), "validation", None, str(tmp_path / "out"))
+    written = json.loads((path / "eval" / "validation-finetune_pruned.json").read_text())
+    assert written == result
+    assert written["miou"] == pytest.approx(finished.workdir.summary()[-1]["miou"], abs=1e-6)
+    source = finished.data.source("validation")
+    for n in range(len(source)):
+        prediction = np.array(Image.open(tmp_path / "out" / f"{source[n]['image_id']}.png"))
+        assert prediction.shape == source[n]["label"].shape and prediction.max() < 3
+    with pytest.raises(UserError, match="has not finished phase 'fintune'"):
+        scoring.score_run(str(path), "validation", "fintune", None)
+    with pytest.raises(UserError, match="split 'test' does not exist"):
+        scoring.score_run(str(path), "test", None, None)
+    with pytest.raises(UserError, match="holds no run"):
+        scoring.score_run(str(tmp_path), "validation", None, None)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
+    before = (finished.workdir.path / "summary.json").read_bytes()
+    finished.go()
+    assert "finished" in capsys.readouterr().err
+    assert (finished.workdir.path / "summary.json").read_bytes() == before
+
+
+def test_another_config_is_refused_naming_the_keys(finished):
+    config = finished.config.copy_and_resolve_references()
+    config.log_every = 77  # logging may change
+    finished.workdir.start(config, {})
+    config.loss.diversity = 0.5
+    with pytest.raises(UserError, match="loss.diversity"):
+        finished.workdir.start(config, {})
+    finished.workdir.start(finished.config, {})
+
+
+def test_a_phase_goes_on_from_its_checkpoint(finished, tmp_path):
+    """Joint from step 2 of 3 ends where the undisturbed one ended, bit for bit."""
+    first = finished.workdir.restore("warmup")
+    phase = finished.phases[1]
+    spare = Run(finished.config, Workdir(tmp_path / "spare"), one_device())
+    spare.workdir.start(finished.config, {})
+    whole = spare.train_phase(phase, first, 3)
+    half = spare.workdir.restore(spare.workdir.latest("joint"))
+    assert (half.step, half.finished) == (2, False)
+    again = spare.train_phase(phase, half, 3)
+    expected = finished.workdir.restore("joint")
+    for other in (whole, again):
+        same = jax.tree.map(
+            lambda a, b: bool(np.array_equal(a, b)),
+            expected.arrays["params"],
+            other.arrays["params"],
+        )
+        assert all(jax.tree.leaves(same))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path):
+    start = finished.workdir.restore("warmup")
+    start.arrays["params"]["head"]["kernel"] = np.full((9, 3), np.nan, np.float32)
+    spare = Run(finished.config, Workdir(tmp_path / "spare"), one_device())
+    spare.workdir.start(finished.config, {})
+    with pytest.raises(UserError, match="loss is nan at step 1 of phase joint"):
+        spare.train_phase(finished.phases[1], start, 3)
+    assert spare.workdir.latest("joint") is None
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        ("train.py", ["--config=configs/nothing.py"], "does not exist"),
+        ("train.py", ["--config=configs/demo.py", "--config.sed=1"], "sed"),
+        ("train.py", ["--config=configs/demo.py", "--config.seed=x"], "seed"),
+        ("train.py", ["--config=configs/demo.py", "--smok"], "smok"),
+        ("train.py", [], "no --config given"),
+        ("eval.py", ["--workdir=/nowhere/at/all"], "holds no run"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_exit_code_2(program, arguments, words, tmp_path):
+    command = [sys.executable, str(ROOT / program), *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert words in result.stderr
