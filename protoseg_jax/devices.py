@@ -59,16 +59,19 @@ class DevicePool:
         """All devices' values as NumPy arrays, [n, ...]."""
         return jax.device_get(tree)
 
-    def check_batch(self, batch_size: int, name: str = "batch_size") -> None:
-        """Refuse a batch that the devices cannot share evenly.
+    def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
+        """Refuse a global batch that does not split evenly over devices and micro-batches.
 
         Raises:
-          UserError: `batch_size` is not a positive multiple of the number of devices.
+          UserError: `batch_size` is not a positive multiple of devices · `accumulate`.
         """
-        if batch_size <= 0 or batch_size % self.count:
+        if accumulate < 1:
+            raise UserError(f"accumulate={accumulate} must be at least 1; set --config.accumulate")
+        parts = self.count * accumulate
+        if batch_size <= 0 or batch_size % parts:
             raise UserError(
-                f"{name}={batch_size} does not divide over {self.count} device(s); "
-                f"set --config.{name} to a positive multiple of {self.count}"
+                f"batch_size={batch_size} does not divide into {self.count} device(s) × "
+                f"accumulate={accumulate}; set --config.batch_size to a multiple of {parts}"
             )
 
     def shard(self, batch: Any) -> Any:

@@ -64,9 +64,6 @@ class Run:
         self.workdir = workdir
         self.pool = pool or DevicePool()
         self.phases = phases_lib.from_config(config)
-        self.pool.check_batch(config.batch_size)
-        self.pool.check_batch(config.batch_size // max(config.accumulate, 1), "accumulate")
-        self.pool.check_batch(config.eval_batch_size, "eval_batch_size")
         self.data = builders.load(
             config.data.name,
             data_dir=config.data.dir,
@@ -88,11 +85,11 @@ class Run:
         return np.array([p["class"] for p in prototypes], np.int64)
 
     def eval_batches(self, split: str):
-        """A split at evaluation preprocessing."""
+        """A split at evaluation preprocessing; the batch is rounded up to the devices."""
         return pipeline.eval_batches(
             self.data.source(split),
             eval_size=tuple(self.config.eval_size),
-            batch_size=self.config.eval_batch_size,
+            batch_size=-(-self.config.eval_batch_size // self.pool.count) * self.pool.count,
             workers=self.config.data.workers,
         )
 
@@ -503,5 +500,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     folder = Workdir(workdir)
     run = Run(config, folder)
+    run.pool.check_batch(config.batch_size, config.accumulate)
     folder.start(config, manifest(config))
     run.go()

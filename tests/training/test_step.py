@@ -262,6 +262,7 @@ def test_bad_phases_are_refused(change, message):
 def test_a_batch_that_does_not_divide_is_refused():
     pool = DevicePool(jax.local_devices()[:4])
     pool.check_batch(8)
-    for size in (6, 0, -4):
-        with pytest.raises(UserError, match="batch_size"):
-            pool.check_batch(size)
+    pool.check_batch(8, accumulate=2)
+    for size, accumulate in ((6, 1), (0, 1), (-4, 1), (8, 4), (8, 0)):
+        with pytest.raises(UserError, match="batch_size|accumulate"):
+            pool.check_batch(size, accumulate)

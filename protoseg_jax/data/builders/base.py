@@ -137,14 +137,21 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registr
 class Source:
     """Random access to a prepared split; picklable, and safe to read from several threads."""
 
-    def __init__(self, builder: SegmentationBuilder, split: str):
+    def __init__(self, data_dir: str | os.PathLike, split: str):
+        """`data_dir` is the prepared folder, with its version."""
+        self._data_dir, self._split = os.fspath(data_dir), split
+        # Opened from the prepared folder, so that what a worker process needs is this path alone.
+        builder = tfds.builder_from_directory(self._data_dir)
         stored = [name for name in _PIXEL_FEATURES if name in builder.info.features]
         # Decoded here, not by TFDS: a bad record then has a name.
         self._records = builder.as_data_source(
             split, decoders={name: tfds.decode.SkipDecoding() for name in stored}
         )
         self._length = len(self._records)
-        self._where = f"{builder.data_dir} ({split})"
+        self._where = f"{self._data_dir} ({split})"
+
+    def __reduce__(self) -> tuple:
+        return Source, (self._data_dir, self._split)
 
     def __len__(self) -> int:
         return self._length
@@ -186,7 +193,7 @@ class SegmentationData:
     def source(self, split: str) -> Source:
         """Random access to the examples of a split (see `Source`)."""
         self._check(split)
-        return Source(self._builder, split)
+        return Source(self._builder.data_dir, split)
 
     def class_pixels(self, split: str) -> np.ndarray:
         """Pixels of each class in a split's labels, int64 [C]."""
