@@ -66,8 +66,10 @@ def test_unknown_settings_are_refused(change):
 
 def test_similarity_is_equation_1():
     d = np.array([0.0, 1e-6, 0.1, 1.0, 50.0])
-    np.testing.assert_allclose(similarity(d), np.log((d + 1) / (d + 1e-4)), rtol=2e-6, atol=1e-6)
-    assert float(similarity(0.0)) == pytest.approx(np.log(1e4), abs=1e-5)
+    np.testing.assert_allclose(
+        similarity(jnp.array(d)), np.log((d + 1) / (d + 1e-4)), rtol=2e-6, atol=1e-6
+    )
+    assert float(similarity(jnp.zeros(()))) == pytest.approx(np.log(1e4), abs=1e-5)
 
 
 def test_distances_are_exact_and_so_are_their_gradients():
