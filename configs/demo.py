@@ -6,7 +6,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
-    c.batch_size = 16
+    c.batch_size = 8
     c.accumulate = 1
     c.compute_dtype = "float32"
     c.crop_size = (128, 128)
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.backbone = "resnet"
     c.model.depth = 14
-    c.model.width = 24
+    c.model.width = 16
     c.model.norm = "group"
     c.model.stride_in = "3x3"
     c.model.output_stride = 8
@@ -37,14 +37,14 @@ def get_config() -> ConfigDict:
 
     c.loss = ConfigDict({"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"})
 
-    new, all_but_head = 1e-3, {"backbone": 1e-3, "aspp": 1e-3, "prototypes": 1e-3}
+    new, all_but_head = 2e-3, {"backbone": 2e-3, "aspp": 2e-3, "prototypes": 2e-3}
     c.phases = ConfigDict()
     c.phases.warmup = {
         "steps": 50,
         "learning_rates": {"aspp": new, "prototypes": new},
         "schedule": "constant",
     }
-    c.phases.joint = {"steps": 1000, "learning_rates": all_but_head, "schedule": "poly"}
+    c.phases.joint = {"steps": 1200, "learning_rates": all_but_head, "schedule": "poly"}
     c.phases.projection = {"steps": 1}
     c.phases.finetune = {"steps": 50, "learning_rates": {"head": 1e-3}, "schedule": "constant"}
     c.phases.pruning = {"steps": 1}
