@@ -1,7 +1,5 @@
 """Convolution and pooling with PyTorch's padding rules, so that ported weights agree."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,35 +10,27 @@ he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Conv(nn.Module):
-    """A k×k convolution, zero-padded by dilation · (k−1)/2 on every side as in PyTorch.
+    """A k×k convolution without bias, zero-padded by dilation · (k−1)/2 on each side as PyTorch's.
 
     Attributes:
       channels: output channels.
       size: k, odd.
       stride: step between windows.
       dilation: step between a window's taps.
-      use_bias: whether a bias, initially 0, is added.
       dtype: dtype of the computation; parameters are float32.
-      kernel_init: initialiser of the kernel [k k in out].
     """
 
     channels: int
     size: int = 1
     stride: int = 1
     dilation: int = 1
-    use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
-    kernel_init: Callable = he_normal_fan_out
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
         shape = (self.size, self.size, x.shape[-1], self.channels)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-            y = y + bias.astype(self.dtype)
-        return y
+        kernel = self.param("kernel", he_normal_fan_out, shape).astype(self.dtype)
+        return convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
 
 
 def convolve(

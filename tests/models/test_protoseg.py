@@ -58,6 +58,23 @@ def test_parameter_groups():
     assert set(twin["params"]) == {"backbone", "aspp"} and "frozen" not in twin
 
 
+def test_output_stride_4_keeps_twice_the_resolution():
+    output, _ = shapes((321, 321), output_stride=4)
+    assert output.features.shape == (1, 81, 81, 64)
+
+
+def test_bfloat16_is_only_computed_in():
+    """Parameters and results stay float32, and the results are near those of float32."""
+    config = make_config(depth=14, width=16, norm="group", aspp_rates=(1, 2), features=8)
+    images = jax.random.normal(jax.random.key(1), (1, 32, 40, 3))
+    exact, half = (models.build(config, 3, 6, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    variables = half.init(jax.random.key(0), images)
+    output = half.apply(variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, output))} == {jnp.float32.dtype}
+    error = np.abs(output.features - exact.apply(variables, images).features).max()
+    assert 0 < error < 0.05
+
+
 @pytest.mark.parametrize("change", [{"depth": 18}, {"norm": "batch"}, {"head": "mlp"}])
 def test_unknown_settings_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):

@@ -1,0 +1,114 @@
+"""Convolutions, pooling, norms and the ASPP against literal NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from protoseg_jax.models.deeplab import ASPP
+from protoseg_jax.models.layers import Conv, convolve, max_pool
+from protoseg_jax.models.resnet import Bottleneck, FrozenBatchNorm, GroupNorm
+
+
+def literal_convolution(x, kernel, stride, dilation):
+    """Padding dilation · (k−1)/2, float64, one output point at a time."""
+    k, pad = kernel.shape[0], dilation * (kernel.shape[0] - 1) // 2
+    padded = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    reach = dilation * (k - 1) + 1
+    rows = range(0, padded.shape[1] - reach + 1, stride)
+    cols = range(0, padded.shape[2] - reach + 1, stride)
+    y = np.zeros((len(x), len(rows), len(cols), kernel.shape[3]))
+    for i, row in enumerate(rows):
+        for j, col in enumerate(cols):
+            window = padded[:, row : row + reach : dilation, col : col + reach : dilation]
+            y[:, i, j] = np.einsum("bhwi,hwio->bo", window, kernel)
+    return y
+
+
+def literal_max_pool(x):
+    """PyTorch's ceil mode: windows start at −1, 1, 3, … inside the input or its left padding."""
+    sizes = []
+    for n in x.shape[1:3]:
+        windows = int(np.ceil((n + 2 - 3) / 2)) + 1
+        sizes.append(windows if (windows - 1) * 2 < n + 1 else windows - 1)
+    y = np.zeros((len(x), *sizes, x.shape[3]), x.dtype)
+    for i, j in np.ndindex(*sizes):
+        window = x[:, max(2 * i - 1, 0) : 2 * i + 2, max(2 * j - 1, 0) : 2 * j + 2]
+        y[:, i, j] = window.max((1, 2))
+    return y
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 3), (4, 5), (6, 7), (8, 9)])
+def test_max_pool_is_the_literal_one(size):
+    # Negative everywhere: padding by zeros would win.
+    x = -np.random.default_rng(0).uniform(1, 2, (2, *size, 3)).astype(np.float32)
+    np.testing.assert_array_equal(max_pool(x), literal_max_pool(x))
+
+
+@pytest.mark.parametrize("size", [(9, 12), (10, 7)])
+@pytest.mark.parametrize(
+    ("k", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 4), (7, 2, 1)]
+)
+def test_convolution_is_the_literal_one(size, k, stride, dilation):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+    kernel = rng.normal(size=(k, k, 3, 4)).astype(np.float32)
+    expected = literal_convolution(x, kernel, stride, dilation)
+    got = convolve(jnp.array(x), jnp.array(kernel), stride, dilation)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(9, 12), (3, 20)])
+def test_aspp_is_the_sum_of_its_convolutions(size):
+    """Rates that reach inside the map, past its height, and past all of it."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 5)).astype(np.float32)
+    aspp = ASPP(4, rates=(1, 6, 30))
+    params = aspp.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+    expected = sum(
+        literal_convolution(x, params[name]["kernel"], 1, rate) + params[name]["bias"]
+        for name, rate in [("c0", 1), ("c1", 6), ("c2", 30)]
+    )
+    got = aspp.apply({"params": params}, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_initial_kernels():
+    x = jnp.zeros((1, 8, 8, 256))
+    conv = Conv(128, 3).init(jax.random.key(0), x)["params"]["kernel"]
+    assert float(conv.std()) == pytest.approx(np.sqrt(2 / (9 * 128)), rel=0.02)
+    branch = ASPP(16).init(jax.random.key(0), x)["params"]["c3"]
+    assert float(branch["kernel"].std()) == pytest.approx(0.01, rel=0.02)
+    assert not branch["bias"].any()
+
+
+def test_group_norm_is_the_literal_one():
+    x = np.random.default_rng(0).normal(3, 2, size=(2, 4, 5, 48)).astype(np.float32)
+    params = {"scale": np.arange(48.0, dtype=np.float32), "bias": np.ones(48, np.float32)}
+    got = np.asarray(GroupNorm().apply({"params": params}, x))
+    for image in range(2):
+        for first in (0, 16, 32):
+            own = slice(first, first + 16)
+            group = x[image, :, :, own]
+            expected = (group - group.mean()) / np.sqrt(group.var() + 1e-5)
+            expected = expected * params["scale"][own] + 1
+            np.testing.assert_allclose(got[image, :, :, own], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_batch_norm_is_affine_and_not_a_parameter():
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, 4)).astype(np.float32)
+    assert set(FrozenBatchNorm().init(jax.random.key(0), x)) == {"frozen"}
+    frozen = {"scale": np.array([1.0, 2, 3, 4]), "bias": np.array([4.0, 3, 2, 1])}
+    got = FrozenBatchNorm().apply({"frozen": frozen}, x)
+    np.testing.assert_allclose(got, x * frozen["scale"] + frozen["bias"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stride_in", ["1x1", "3x3"])
+def test_stride_placement_decides_what_a_block_sees(stride_in):
+    """A stride in the 1×1 never looks at odd rows and columns; one in the 3×3 does."""
+    block = Bottleneck(4, 2, 1, True, stride_in, "frozen_batch", jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (1, 9, 9, 8))
+    variables = block.init(jax.random.key(1), x)
+    seen = jax.grad(lambda x: block.apply(variables, x).sum())(x)
+    assert bool((seen[:, 1::2] != 0).any()) == (stride_in == "3x3")
