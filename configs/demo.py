@@ -37,24 +37,25 @@ def get_config() -> ConfigDict:
 
     c.loss = ConfigDict({"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"})
 
-    new, all_but_head = 2e-3, {"backbone": 2e-3, "aspp": 2e-3, "prototypes": 2e-3}
+    # A high rate on the ASPP would saturate the sigmoid before the features have learnt anything.
+    new = {"aspp": 3e-4, "prototypes": 2e-3}
     c.phases = ConfigDict()
-    c.phases.warmup = {
-        "steps": 50,
-        "learning_rates": {"aspp": new, "prototypes": new},
-        "schedule": "constant",
+    c.phases.warmup = {"steps": 30, "learning_rates": new, "schedule": "constant"}
+    c.phases.joint = {
+        "steps": 1700,
+        "learning_rates": {"backbone": 2e-3, **new},
+        "schedule": "poly",
     }
-    c.phases.joint = {"steps": 1200, "learning_rates": all_but_head, "schedule": "poly"}
     c.phases.projection = {"steps": 1}
-    c.phases.finetune = {"steps": 50, "learning_rates": {"head": 1e-3}, "schedule": "constant"}
+    c.phases.finetune = {"steps": 60, "learning_rates": {"head": 1e-3}, "schedule": "constant"}
     c.phases.pruning = {"steps": 1}
     c.phases.finetune_pruned = {
-        "steps": 50,
+        "steps": 60,
         "learning_rates": {"head": 1e-3},
         "schedule": "constant",
     }
 
     c.log_every = 10
-    c.eval_every = 250
-    c.checkpoint_every = 250
+    c.eval_every = 500
+    c.checkpoint_every = 500
     return c

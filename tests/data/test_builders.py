@@ -238,6 +238,13 @@ def test_sheet_shows_images_beside_their_labels():
     np.testing.assert_array_equal(picture[:128, 128:256], np.array(PARTS.colours)[label])
 
 
+def test_the_sheet_command(tmp_path):
+    command = [sys.executable, "-m", "protoseg_jax.data.builders.parts", "--sheet"]
+    result = subprocess.run([*command, str(tmp_path / "s.png")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert np.array(Image.open(tmp_path / "s.png")).shape == (4 * 128, 5 * 256, 3)
+
+
 def test_no_tensorflow(tmp_path):
     code = (
         "import sys; from protoseg_jax.data.builders.parts import Parts\n"

@@ -5,7 +5,6 @@ import os
 from protoseg_jax.data.builders.base import SegmentationData
 from protoseg_jax.data.builders.camvid import CamVid
 from protoseg_jax.data.builders.folder import Folder
-from protoseg_jax.data.builders.parts import Parts
 from protoseg_jax.data.label_sets import VOID
 from protoseg_jax.errors import UserError
 
@@ -37,6 +36,9 @@ def load(
     if name != "parts" and not data_dir:
         raise UserError(f"data set {name!r} needs its folder; set --config.data.dir=PATH")
     if name == "parts":
+        # Here, because `python -m protoseg_jax.data.builders.parts` must be the first to import it.
+        from protoseg_jax.data.builders.parts import Parts
+
         builder = Parts(cache_dir=cache_dir, seed=seed)
     elif name == "camvid":
         builder = CamVid(cache_dir=cache_dir, data_dir=data_dir)

@@ -58,8 +58,8 @@ _WINDOWS = [
     np.array([(0.06, -0.06), (0.06, -0.39), (0.34, -0.39), (0.48, -0.06)]),
 ]
 _SAILS = [
-    np.array([(0.06, -0.95), (0.75, 0.1), (0.06, 0.1)]),
-    np.array([(-0.06, -0.7), (-0.06, 0.1), (-0.5, 0.1)]),
+    np.array([(0.04, -0.95), (0.85, 0.26), (0.04, 0.26)]),
+    np.array([(-0.04, -0.72), (-0.04, 0.26), (-0.62, 0.26)]),
 ]
 OBJECTS: dict[str, tuple[Part, ...]] = {
     "car": _parts(
@@ -75,7 +75,7 @@ OBJECTS: dict[str, tuple[Part, ...]] = {
         ("panes", [_box(-0.55, 0.1, -0.27, 0.4), _box(0.27, 0.1, 0.55, 0.4)], "cross"),
     ),
     "fish": _parts(
-        ("tail", [np.array([(-0.5, 0), (-1.05, -0.5), (-0.88, 0), (-1.05, 0.5)])], "stripes"),
+        ("tail", [np.array([(-0.4, 0), (-1.05, -0.55), (-0.85, 0), (-1.05, 0.55)])], "stripes"),
         (
             "fins",
             [
@@ -84,16 +84,16 @@ OBJECTS: dict[str, tuple[Part, ...]] = {
             ],
             "fan",
         ),
-        ("scales", [_disc(0.08, 0, 0.72, 0.42)], "dots"),
+        ("scales", [_disc(0.08, 0, 0.74, 0.46)], "dots"),
         ("eye", [_disc(0.5, -0.1, 0.13)], "rings"),
     ),
     "flower": _parts(
-        ("stem", [_box(-0.07, -0.3, 0.07, 1.0)], "plain"),
+        ("stem", [_box(-0.1, -0.3, 0.1, 1.0)], "plain"),
         (
             "leaves",
             [
-                np.array([(0, 0.75), (0.25, 0.35), (0.7, 0.3), (0.45, 0.65)]),
-                np.array([(0, 0.85), (-0.25, 0.5), (-0.7, 0.42), (-0.45, 0.78)]),
+                np.array([(0, 0.85), (0.2, 0.4), (0.75, 0.28), (0.5, 0.75)]),
+                np.array([(0, 0.9), (-0.2, 0.45), (-0.75, 0.35), (-0.5, 0.82)]),
             ],
             "stripes",
         ),
@@ -191,7 +191,7 @@ class _Canvas:
     def object(self, name: str, place: tuple[float, float] | None) -> None:
         """One object, part by part."""
         rng = self.rng
-        pose = _pose(rng, self.side, (0.23, 0.36), turn=0.35, place=place)
+        pose = _pose(rng, self.side, (0.28, 0.42), turn=0.35, place=place)
         for part in OBJECTS[name]:
             colours = np.stack([_colour(rng), _colour(rng)])
             if part.texture == "bright":
