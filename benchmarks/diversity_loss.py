@@ -7,12 +7,9 @@ equations read; it runs on the CPU. Values and gradients must agree to 1e-5, or 
 """
 
 import argparse
-import datetime
 import functools
 import itertools
-import os
 import pathlib
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -21,9 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from protoseg_jax import losses
+import machine  # noqa: E402
+
+from protoseg_jax import losses  # noqa: E402
 
 VOID = 255
 SHAPES = {  # (images, height, width, classes, prototypes per class)
@@ -150,15 +150,6 @@ def full_resolution() -> tuple[float, int, int]:
     return took, memory.temp_size_in_bytes + memory.output_size_in_bytes, distances.nbytes
 
 
-def cpu() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, help="also write the table to this .md file")
@@ -168,15 +159,12 @@ def main() -> None:
     except ImportError:
         print("the comparison needs PyTorch: pip install torch", file=sys.stderr)
         sys.exit(2)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
+    torch.set_num_threads(machine.cores())
 
     lines = [
         "# The diversity loss, forward and backward",
         "",
-        f"`python benchmarks/diversity_loss.py`, {datetime.date.today()}. CPU: {cpu()}, {cores} "
-        f"cores. Ours on {jax.devices()[0].device_kind}. JAX {jax.__version__}, PyTorch "
-        f"{torch.__version__}, Python {platform.python_version()}.",
+        f"`python benchmarks/diversity_loss.py`, {machine.describe()} PyTorch {torch.__version__}.",
         "",
         "| labels | images × points | classes × prototypes | literal PyTorch (CPU) | ours | ratio "
         "| gradient error¹ |",

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.data.workers = 0
     c.data.train_split = "train"
     c.data.projection_split = "train"
-    c.augment = ConfigDict({"scale": (0.75, 1.25)})
+    c.augment = ConfigDict({"scale": (0.8, 1.2)})
 
     c.model = ConfigDict()
     c.model.backbone = "resnet"
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     c.phases = ConfigDict()
     c.phases.warmup = {"steps": 30, "learning_rates": new, "schedule": "constant"}
     c.phases.joint = {
-        "steps": 1700,
+        "steps": 1850,
         "learning_rates": {"backbone": 2e-3, **new},
         "schedule": "poly",
     }

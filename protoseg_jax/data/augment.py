@@ -3,6 +3,10 @@
 A uniform scale s in `scale_range` resizes an image to ⌊h·s⌋ × ⌊w·s⌋ (bilinear without
 antialiasing, labels nearest); what is smaller than the crop is padded at the bottom and right with
 the mean colour and void; then a random crop, and a horizontal flip half of the time.
+
+    python -m protoseg_jax.data.augment --config=configs/demo.py [--sheet=augmented.png]
+
+draws examples of a config: each image at its drawn scale with the crop's box, and what comes out.
 """
 
 import dataclasses
@@ -13,6 +17,18 @@ import numpy as np
 
 from protoseg_jax.data import preprocessing
 from protoseg_jax.data.label_sets import VOID
+
+Box = tuple[int, int, int, int]
+"""(top, left, height, width)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is drawn for one example: the scaled size, the crop within it, and whether it flips."""
+
+    size: tuple[int, int]
+    box: Box
+    flip: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +45,18 @@ class Augment(grain.RandomMapTransform):
     scale_range: tuple[float, float]
     padding_colour: tuple[int, int, int]
 
+    def choose(self, size: tuple[int, int], rng: np.random.Generator) -> Choice:
+        """Draw scale, crop and flip for an image of a size."""
+        scaled = scaled_size(size, rng.uniform(*self.scale_range))
+        return Choice(scaled, crop_box(scaled, self.crop_size, rng), bool(rng.random() < 0.5))
+
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        image, label = element["image"], element["label"]
-        size = scaled_size(image.shape[:2], rng.uniform(*self.scale_range))
-        box = crop_box(size, self.crop_size, rng)
-        flip = rng.random() < 0.5
-        image = preprocessing.resize_image(image, size)
-        label = preprocessing.resize_labels(label, size)
-        image = pad_and_crop(image, box, self.padding_colour)
-        label = pad_and_crop(label, box, VOID)
-        if flip:
+        choice = self.choose(element["image"].shape[:2], rng)
+        image = preprocessing.resize_image(element["image"], choice.size)
+        label = preprocessing.resize_labels(element["label"], choice.size)
+        image = pad_and_crop(image, choice.box, self.padding_colour)
+        label = pad_and_crop(label, choice.box, VOID)
+        if choice.flip:
             image, label = image[:, ::-1], label[:, ::-1]
         return {"image": np.ascontiguousarray(image), "label": np.ascontiguousarray(label)}
 
@@ -48,18 +66,14 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
 
 
-def crop_box(
-    size: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def crop_box(size: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> Box:
     """A uniformly random crop: (top, left, height, width) within an image padded to the crop."""
     top = int(rng.integers(0, max(size[0] - crop[0], 0) + 1))
     left = int(rng.integers(0, max(size[1] - crop[1], 0) + 1))
     return top, left, crop[0], crop[1]
 
 
-def pad_and_crop(
-    array: np.ndarray, box: tuple[int, int, int, int], fill: int | tuple[int, int, int]
-) -> np.ndarray:
+def pad_and_crop(array: np.ndarray, box: Box, fill: int | tuple[int, int, int]) -> np.ndarray:
     """Cut a box out of an array; what lies beyond its bottom or right edge is filled."""
     top, left, height, width = box
     cut = array[top : top + height, left : left + width]
@@ -67,3 +81,67 @@ def pad_and_crop(
     if not (bottom or right):
         return cut
     return cv2.copyMakeBorder(cut, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill)
+
+
+def sheet(
+    source, augment: Augment, colours: np.ndarray, *, count: int = 8, seed: int = 0
+) -> np.ndarray:
+    """Rows of: the scaled image with the crop's box, the crop, its label in colours (RGB).
+
+    Args:
+      source: random-access examples.
+      augment: the augmentation.
+      colours: uint8 [256 3] by label.
+      count: rows.
+      seed: of the draws.
+    """
+    rows = []
+    for number in range(count):
+        example = source[number % len(source)]
+        choice = augment.choose(example["image"].shape[:2], np.random.default_rng([seed, number]))
+        top, left, height, width = choice.box
+        room = max(choice.size[0], top + height), max(choice.size[1], left + width)
+        scaled = preprocessing.resize_image(example["image"], choice.size)
+        scaled = pad_and_crop(scaled, (0, 0, *room), (255, 255, 255)).copy()
+        cv2.rectangle(scaled, (left, top), (left + width - 1, top + height - 1), (255, 0, 0), 2)
+        out = augment.random_map(example, np.random.default_rng([seed, number]))
+        parts = [scaled, out["image"], colours[out["label"]]]
+        tall = max(p.shape[0] for p in parts)
+        rows.append(
+            np.concatenate(
+                [pad_and_crop(p, (0, 0, tall, p.shape[1] + 4), (255, 255, 255)) for p in parts], 1
+            )
+        )
+    wide = max(row.shape[1] for row in rows)
+    rows = [pad_and_crop(row, (0, 0, row.shape[0] + 4, wide), (255, 255, 255)) for row in rows]
+    return np.concatenate(rows)
+
+
+def _main() -> None:
+    from protoseg_jax.data import builders
+
+    config = _CONFIG.value
+    data = builders.load(
+        config.data.name,
+        data_dir=config.data.dir,
+        cache_dir=config.data.cache,
+        seed=config.seed,
+        void=config.data.get("void"),
+    )
+    colours = np.full((256, 3), 255, np.uint8)
+    colours[: len(data.label_set)] = data.label_set.colours
+    fill = preprocessing.get(config.model.preprocessing).padding_colour
+    augment = Augment(tuple(config.crop_size), tuple(config.augment.scale), fill)
+    picture = sheet(data.source(config.data.train_split), augment, colours, seed=config.seed)
+    cv2.imwrite(_SHEET.value, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+
+
+if __name__ == "__main__":
+    from absl import flags
+    from ml_collections import config_flags
+
+    from protoseg_jax import errors
+
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
+    _SHEET = flags.DEFINE_string("sheet", "augmented.png", "PNG to write.")
+    errors.run(_main)

@@ -76,6 +76,26 @@ class Run:
 
     # -- models and data -----------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Refuse what would only show after hours.
+
+        Raises:
+          UserError: the batch does not divide, or a class has nothing to learn from.
+        """
+        config = self.config
+        self.pool.check_batch(config.batch_size, config.accumulate)
+        for split in dict.fromkeys((config.data.train_split, config.data.projection_split)):
+            pixels = self.data.class_pixels(split)
+            absent = [
+                n for n, count in zip(self.data.label_set.names, pixels, strict=True) if not count
+            ]
+            if absent:
+                raise UserError(
+                    f"no pixel of class {', '.join(map(repr, absent))} in split {split!r} of "
+                    f"data set {self.data.name!r}, so there is nothing to learn it from; add "
+                    "images of it, or remove it from the classes"
+                )
+
     def inference(self, prototypes: list[dict[str, Any]]) -> inferences.Inference:
         """The model for these prototypes."""
         return inferences.from_config(self.config, self.num_classes, len(prototypes))
@@ -260,11 +280,6 @@ class Run:
         missing = np.unique(classes[~np.isfinite(patches.squared_distance[:, 0])])
         for c in missing.tolist() if within_class else []:
             name = self.data.label_set.names[c]
-            if not self.data.class_pixels(split)[c]:
-                raise UserError(
-                    f"class {name!r} has no pixel in split {split!r} of {self.data.name}, so its "
-                    "prototypes have no patch to become; remove the class or add images of it"
-                )
             say(
                 f"warning: class {name!r} has pixels but no point on the feature map; its "
                 "prototypes are projected onto cells that contain any of its pixels"
@@ -500,6 +515,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     folder = Workdir(workdir)
     run = Run(config, folder)
-    run.pool.check_batch(config.batch_size, config.accumulate)
+    run.check()
     folder.start(config, manifest(config))
     run.go()

@@ -191,7 +191,7 @@ class _Canvas:
     def object(self, name: str, place: tuple[float, float] | None) -> None:
         """One object, part by part."""
         rng = self.rng
-        pose = _pose(rng, self.side, (0.28, 0.42), turn=0.35, place=place)
+        pose = _pose(rng, self.side, (0.32, 0.46), turn=0.35, place=place)
         for part in OBJECTS[name]:
             colours = np.stack([_colour(rng), _colour(rng)])
             if part.texture == "bright":

@@ -1,0 +1,124 @@
+"""Train variants of a config side by side over several seeds: mean ± deviation of every score.
+
+    python benchmarks/compare.py --config=configs/demo.py --seeds=0,1,2 \\
+        --vary=loss.diversity=0 --vary=loss.diversity=0.25 --runs=runs/table2
+
+A variant is one `--vary`: settings `key=value` separated by commas (empty: the config as it is),
+optionally behind a name and a colon. `--set` applies to all of them. Each run is `train.py` in a
+folder of its own under --runs; what is finished is not run again, so the command can be stopped and
+repeated. `--only-table` runs nothing.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import machine  # noqa: E402
+
+COLUMNS = (("miou", "mIoU %"), ("pixel_error", "error %"), ("overlap", "overlap %"))
+
+
+def parse_variant(text: str) -> tuple[str, list[str]]:
+    """`name: key=value,key=value` → (name, ["--config.key=value", …])."""
+    name, colon, rest = text.partition(":")
+    settings = [s for s in re.split(r",(?=[\w.]+=)", rest if colon else text) if s.strip()]
+    return (name if colon else text or "as configured"), [f"--config.{s.strip()}" for s in settings]
+
+
+def folder(runs: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    """The run's folder of a variant and seed."""
+    return runs / f"{re.sub(r'[^0-9A-Za-z.=_-]+', '_', name)}-seed{seed}"
+
+
+def mean_deviation(values: list[float]) -> str:
+    """`mean ± sample deviation` in per cent; the value itself if there is but one."""
+    values = [100 * v for v in values]
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def table(variants: dict[str, list[list[dict]]]) -> list[str]:
+    """Markdown rows: variant, phase and scores over the seeds.
+
+    Args:
+      variants: by name the runs' summaries (summary.json), one a seed.
+    """
+    rows = [
+        f"| variant | phase | seeds | prototypes | {' | '.join(n for _, n in COLUMNS)} | seconds |",
+        "| --- " * (5 + len(COLUMNS)) + "|",
+    ]
+    for name, summaries in variants.items():
+        for phase in dict.fromkeys(e["phase"] for s in summaries for e in s):
+            entries = [e for s in summaries for e in s if e["phase"] == phase]
+            counts = [e["num_prototypes"] for e in entries if e["num_prototypes"] is not None]
+            scores = [
+                mean_deviation([e[key] for e in entries if e[key] is not None])
+                for key, _ in COLUMNS
+            ]
+            prototypes = f"{statistics.mean(counts):.1f}" if counts else "–"
+            took = statistics.mean(e["seconds"] for e in entries)
+            rows.append(
+                f"| {name} | {phase} | {len(entries)} | {prototypes} | {' | '.join(scores)} "
+                f"| {took:.0f} |"
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--vary", action="append", default=[], help="[name:] key=value,…")
+    parser.add_argument("--set", action="append", default=[], help="key=value for every run")
+    parser.add_argument("--runs", type=pathlib.Path, required=True, help="folder of the runs")
+    parser.add_argument("--title", default="Variants side by side")
+    parser.add_argument("--out", type=pathlib.Path, help="also write the table to this .md file")
+    parser.add_argument("--only-table", action="store_true", help="of what is finished")
+    arguments = parser.parse_args()
+
+    seeds = [int(s) for s in arguments.seeds.split(",")]
+    variants = dict(parse_variant(text) for text in arguments.vary or [""])
+    common = [f"--config.{s}" for s in arguments.set]
+    summaries: dict[str, list[list[dict]]] = {name: [] for name in variants}
+    # Seed by seed, so that an early look compares like with like.
+    for seed in seeds:
+        for name, settings in variants.items():
+            place = folder(arguments.runs, name, seed)
+            if not arguments.only_table:
+                command = [sys.executable, str(ROOT / "train.py"), f"--config={arguments.config}"]
+                command += [f"--workdir={place}", f"--config.seed={seed}", *common, *settings]
+                print("+", shlex.join(command), file=sys.stderr, flush=True)
+                code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+                if code:
+                    sys.exit(code)
+            if (place / "summary.json").exists():
+                summaries[name].append(json.loads((place / "summary.json").read_text()))
+
+    command = shlex.join(["python", "benchmarks/compare.py", *_told(sys.argv[1:])])
+    lines = [f"# {arguments.title}", "", f"`{command}`, {machine.describe()}", ""]
+    lines += [*table(summaries), "", "Validation scores; mean ± sample deviation over the seeds."]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+
+
+def _told(argv: list[str]) -> list[str]:
+    """The arguments without those that only say where to write."""
+    return [a for a in argv if a != "--only-table" and not a.startswith(("--out", "--runs"))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What a benchmark ran on, in words."""
+
+import datetime
+import os
+import pathlib
+import platform
+
+import jax
+
+
+def cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def describe() -> str:
+    """Date, processor and cores, accelerator if there is one, and versions: one sentence each."""
+    devices = jax.local_devices()
+    accelerator = "" if devices[0].platform == "cpu" else f" {len(devices)} × "
+    accelerator += "" if not accelerator else f"{devices[0].device_kind}."
+    return (
+        f"{datetime.date.today()}. CPU: {cpu()}, {cores()} cores.{accelerator} "
+        f"JAX {jax.__version__}, Python {platform.python_version()}."
+    )

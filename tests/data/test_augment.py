@@ -1,0 +1,108 @@
+"""Augmentation: scale, padding, crop, flip; image and labels stay together."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protoseg_jax.data import augment
+from protoseg_jax.data.augment import Augment
+from protoseg_jax.data.label_sets import VOID
+
+ROOT = Path(__file__).resolve().parents[2]
+GREY = (124, 116, 104)
+
+
+def example(h, w):
+    """Every pixel's label can be read off its image: value 10 · label in every channel."""
+    label = (np.arange(h)[:, None] // 4 + np.arange(w)[None] // 4) % 7
+    image = np.repeat((10 * label).astype(np.uint8)[..., None], 3, -1)
+    return {"image": image, "label": label.astype(np.uint8)}
+
+
+@given(
+    h=st.integers(5, 60),
+    w=st.integers(5, 60),
+    crop=st.tuples(st.integers(4, 40), st.integers(4, 40)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_sizes_padding_and_the_box(h, w, crop, seed):
+    aug = Augment(crop, (0.5, 1.5), GREY)
+    choice = aug.choose((h, w), np.random.default_rng(seed))
+    assert choice.box[2:] == crop
+    for n, size in enumerate((h, w)):
+        assert size * 0.5 - 1 < choice.size[n] <= size * 1.5
+        start = choice.box[n]
+        assert start == 0 or start + crop[n] <= choice.size[n]  # padding only where it must be
+    out = aug.random_map(example(h, w), np.random.default_rng(seed))
+    assert out["image"].shape == (*crop, 3) and out["label"].shape == crop
+    assert out["image"].dtype == out["label"].dtype == np.uint8
+    inside = np.zeros(crop, bool)
+    inside[: choice.size[0] - choice.box[0], : choice.size[1] - choice.box[1]] = True
+    inside = inside[:, ::-1] if choice.flip else inside
+    np.testing.assert_array_equal(out["label"] == VOID, ~inside)
+    assert (out["image"][~inside] == GREY).all()
+
+
+def test_labels_follow_their_pixels_and_both_flips_occur():
+    """At scale 1 every pixel still says its label, whatever was cut and flipped."""
+    aug, flips = Augment((24, 20), (1.0, 1.0), GREY), set()
+    for seed in range(30):
+        out = aug.random_map(example(40, 33), np.random.default_rng(seed))
+        np.testing.assert_array_equal(out["image"][..., 0], 10 * out["label"])
+        choice = aug.choose((40, 33), np.random.default_rng(seed))
+        top, left, height, width = choice.box
+        cut = example(40, 33)["label"][top : top + height, left : left + width]
+        np.testing.assert_array_equal(out["label"], cut[:, ::-1] if choice.flip else cut)
+        flips.add(choice.flip)
+    assert flips == {True, False}
+
+
+def test_scale_is_uniform_in_its_range_and_every_place_is_cut():
+    aug = Augment((50, 50), (0.5, 1.5), GREY)
+    rng = np.random.default_rng(0)
+    choices = [aug.choose((1000, 1000), rng) for _ in range(4000)]
+    scales = np.array([c.size[0] for c in choices]) / 1000
+    histogram, _ = np.histogram(scales, bins=10, range=(0.5, 1.5))
+    assert histogram.sum() == 4000 and histogram.min() > 320 and histogram.max() < 480
+    tops = {augment.crop_box((7, 7), (5, 5), rng)[0] for _ in range(100)}
+    assert tops == {0, 1, 2}
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.73, 1.0, 1.5])
+def test_labels_are_nearest_and_images_bilinear(scale):
+    """Literally: half-pixel centres; no label appears that was not at the nearest source pixel."""
+    source = example(23, 31)
+    h, w = augment.scaled_size((23, 31), scale)
+    out = Augment((h, w), (scale, scale), GREY).random_map(source, np.random.default_rng(3))
+    flip = Augment((h, w), (scale, scale), GREY).choose((23, 31), np.random.default_rng(3)).flip
+    label, image = out["label"], out["image"].astype(float)
+    if flip:
+        label, image = label[:, ::-1], image[:, ::-1]
+    for i in range(h):
+        for j in range(w):
+            y, x = (i + 0.5) * 23 / h - 0.5, (j + 0.5) * 31 / w - 0.5
+            rows = {int(np.floor(y + 0.5)), int(np.ceil(y - 0.5 + 1e-9))}  # both, at exact ties
+            cols = {int(np.floor(x + 0.5)), int(np.ceil(x - 0.5 + 1e-9))}
+            near = {source["label"][r % 23, c % 31] for r in rows for c in cols}
+            assert label[i, j] in near
+            y, x = np.clip(y, 0, 22), np.clip(x, 0, 30)
+            top, left = min(int(y), 21), min(int(x), 29)
+            fy, fx = y - top, x - left
+            corner = source["image"][top : top + 2, left : left + 2, 0].astype(float)
+            value = np.array([1 - fy, fy]) @ corner @ np.array([1 - fx, fx])
+            assert abs(image[i, j, 0] - value) <= 1.5  # OpenCV interpolates bytes in fixed point
+
+
+def test_the_sheet_shows_box_crop_and_label(tmp_path):
+    command = [sys.executable, "-m", "protoseg_jax.data.augment", "--config=configs/demo.py"]
+    command += [f"--config.data.cache={tmp_path / 'cache'}", f"--sheet={tmp_path / 'sheet.png'}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    sheet = cv2.cvtColor(cv2.imread(str(tmp_path / "sheet.png")), cv2.COLOR_BGR2RGB)
+    red = (sheet == (255, 0, 0)).all(-1)
+    assert red.sum() > 8 * 4 * 100  # eight boxes, two pixels wide
