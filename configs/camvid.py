@@ -40,14 +40,15 @@ def get_config() -> ConfigDict:
 
     c.loss = ConfigDict({"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"})
 
-    everything_but_head = {"backbone": 1e-3, "aspp": 1e-3, "prototypes": 1e-3}
+    # A high rate on the ASPP would saturate the sigmoid before the features have learnt anything.
+    new = {"aspp": 3e-4, "prototypes": 2e-3}
     c.phases = ConfigDict()
-    c.phases.warmup = {
-        "steps": 50,
-        "learning_rates": {"aspp": 1e-3, "prototypes": 1e-3},
-        "schedule": "constant",
+    c.phases.warmup = {"steps": 50, "learning_rates": new, "schedule": "constant"}
+    c.phases.joint = {
+        "steps": 2000,
+        "learning_rates": {"backbone": 2e-3, **new},
+        "schedule": "poly",
     }
-    c.phases.joint = {"steps": 2000, "learning_rates": everything_but_head, "schedule": "poly"}
     c.phases.projection = {"steps": 1}
     c.phases.finetune = {"steps": 100, "learning_rates": {"head": 1e-3}, "schedule": "constant"}
     c.phases.pruning = {"steps": 1}

@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     c.phases = ConfigDict()
     c.phases.warmup = {"steps": 30, "learning_rates": new, "schedule": "constant"}
     c.phases.joint = {
-        "steps": 1850,
+        "steps": 1650,
         "learning_rates": {"backbone": 2e-3, **new},
         "schedule": "poly",
     }
