@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from protoseg_jax import errors
+from protoseg_jax import devices, errors
 from protoseg_jax.training import phases, run
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: configs/NAME.py.")
@@ -20,6 +20,7 @@ def main() -> None:
     config = _CONFIG.value
     if config is None:
         raise errors.UserError("no --config given; try --config=configs/demo.py")
+    devices.start_processes()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     if _SMOKE.value:
         phases.smoke(config)

@@ -1,20 +1,102 @@
-"""Devices: pmap, replication, sharding and prefetching. The only file that knows about devices.
+"""Devices and processes: pmap, replication, sharding, prefetching. The only file that knows them.
 
-Every parallel computation of the project is a `jax.pmap` over the axis `AXIS`. Batches travel as
-NumPy arrays of shape [B, ...] and are split into [n, B/n, ...] here and nowhere else.
+Every parallel computation of the project is a `jax.pmap` over the axis `AXIS`, which spans the
+devices of all processes. Batches travel as NumPy arrays of shape [B, ...], the part of this
+process, and are split into [n, B/n, ...] here and nowhere else.
 """
 
 import collections
 import itertools
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from protoseg_jax.errors import UserError
 
 AXIS = "devices"
+_PEER_TIMEOUT = 30  # seconds without a sign of life after which a peer counts as dead
+_JOIN_TIMEOUT = 120  # seconds to wait for all processes at the start
+
+
+def start_processes() -> None:
+    """Join the other processes of a run, where the environment says that there are some.
+
+    `JAX_COORDINATOR_ADDRESS=host:port`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or what
+    `jax.distributed` detects by itself (SLURM with more than one task, Open MPI). To be called
+    before anything else uses JAX. A peer that dies ends this process with a message within a
+    minute.
+
+    Raises:
+      UserError: the variables are incomplete or wrong, or the others cannot be reached.
+    """
+    environment = os.environ
+    named = [f"JAX_{n}" for n in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
+    given = [n for n in named if environment.get(n)]
+    detected = int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    detected |= "OMPI_MCA_orte_hnp_uri" in environment
+    if not given and not detected:
+        return
+    if given and len(given) < len(named):
+        missing = ", ".join(n for n in named if n not in given)
+        raise UserError(f"{given[0]} is set but {missing} is not; set all of them, or none")
+    arguments = {}
+    if given:
+        try:
+            arguments = {
+                "coordinator_address": environment[named[0]],
+                "num_processes": int(environment[named[1]]),
+                "process_id": int(environment[named[2]]),
+            }
+        except ValueError as error:
+            raise UserError(f"{named[1]} and {named[2]} must be whole numbers: {error}") from error
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=_JOIN_TIMEOUT,
+            heartbeat_timeout_seconds=_PEER_TIMEOUT,
+            shutdown_timeout_seconds=_PEER_TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes of this run did not find each other ({reason}); see that all were "
+            "started, with the same coordinator address and each with its own number"
+        ) from error
+
+
+def leave_processes(error: BaseException) -> None:
+    """End this process when its peers are still at work: waiting for them would be for ever.
+
+    Does nothing where there are no peers.
+    """
+    if jax.process_count() > 1:
+        print(f"process {jax.process_index()} ends: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks: the first one."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def on_any_process(value: int) -> int:
+    """The largest value over the processes; all of them must call this at the same place."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def psum(tree: Any) -> Any:
@@ -23,41 +105,61 @@ def psum(tree: Any) -> Any:
 
 
 class DevicePool:
-    """The local devices that one computation runs on.
+    """The devices that one computation runs on.
 
     Args:
-      devices: the devices to use; all local ones by default.
+      devices: the devices to use, of one process; by default all of every process.
+
+    Attributes:
+      devices: those of this process.
+      processes: how many processes share the work.
+      process: the number of this one.
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None):
         self.devices = list(devices or jax.local_devices())
+        self.processes = 1 if devices else jax.process_count()
+        self.process = 0 if devices else jax.process_index()
         mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
         self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
     @property
     def count(self) -> int:
-        """Number of devices."""
+        """Number of this process's devices."""
         return len(self.devices)
+
+    @property
+    def total(self) -> int:
+        """Number of devices of all processes."""
+        return self.count * self.processes
 
     def map(self, function: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
         """`jax.pmap` of `function` over these devices along `AXIS`."""
-        return jax.pmap(
-            function, axis_name=AXIS, devices=self.devices, donate_argnums=donate_argnums
-        )
+        devices = self.devices if self.processes == 1 else None
+        return jax.pmap(function, axis_name=AXIS, devices=devices, donate_argnums=donate_argnums)
 
     def replicate(self, tree: Any) -> Any:
         """One copy of every array on each device: [...] → [n, ...]."""
-        return jax.tree.map(
-            lambda x: jax.device_put(np.stack([np.asarray(x)] * self.count), self._sharding), tree
-        )
+
+        def put(x):
+            x = np.asarray(x)[None]
+            copies = [jax.device_put(x, device) for device in self.devices]
+            shape = (self.count, *x.shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, self._sharding, copies)
+
+        return jax.tree.map(put, tree)
 
     def first(self, tree: Any) -> Any:
         """The first device's copy of a replicated tree, as NumPy arrays."""
         return jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree))
 
     def all(self, tree: Any) -> Any:
-        """All devices' values as NumPy arrays, [n, ...]."""
-        return jax.device_get(tree)
+        """All devices' values, of all processes, as NumPy arrays: [total, ...]."""
+        tree = jax.device_get(tree)
+        if self.processes == 1:
+            return tree
+        gathered = multihost_utils.process_allgather(tree)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), gathered)
 
     def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
         """Refuse a global batch that does not split evenly over devices and micro-batches.
@@ -67,10 +169,10 @@ class DevicePool:
         """
         if accumulate < 1:
             raise UserError(f"accumulate={accumulate} must be at least 1; set --config.accumulate")
-        parts = self.count * accumulate
+        parts = self.total * accumulate
         if batch_size <= 0 or batch_size % parts:
             raise UserError(
-                f"batch_size={batch_size} does not divide into {self.count} device(s) × "
+                f"batch_size={batch_size} does not divide into {self.total} device(s) × "
                 f"accumulate={accumulate}; set --config.batch_size to a multiple of {parts}"
             )
 

@@ -4,15 +4,25 @@ Exit codes of every program (the contract of the command line): 0 done; 2 the us
 something; 143/130 saved after SIGTERM/Ctrl-C; 1 a bug, with its traceback.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 from etils import epath
 
+from protoseg_jax.interrupts import Interrupted
+
 
 class UserError(Exception):
     """Something the user must change. The message is one line: what, where, what to do."""
+
+
+def full_disk(error: BaseException) -> bool:
+    """Whether an exception means that the disk (or the quota) is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
 
 
 def _one_line(error: BaseException) -> str:
@@ -68,5 +78,16 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             exit_with(_one_line(error))
+        except Interrupted as error:
+            print(f"{error}; the same command goes on", file=sys.stderr, flush=True)
+            sys.exit(error.code)
+        except Exception as error:
+            if not full_disk(error):
+                raise
+            place = getattr(error, "filename", None) or "the run's folder"
+            exit_with(
+                f"the disk is full: {place} could not be written; make room and start the same "
+                "command again, it goes on from the last checkpoint"
+            )
 
     app.run(guarded, flags_parser=_parse_flags)

@@ -5,6 +5,7 @@ number of workers or devices, so a run that resumes at a step sees what it would
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,28 +23,37 @@ _CANVAS_STEP = 64  # label canvases are multiples of this, so that few sizes are
 
 
 def train_batches(
-    source: Any, augment: Augment, *, batch_size: int, seed: int, start: int, workers: int = 0
+    source: Any,
+    augment: Augment,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    workers: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless augmented batches, from step `start` on.
 
     Args:
       source: random-access examples ("image", "label").
       augment: the augmentation.
-      batch_size: examples a batch.
+      batch_size: examples a batch, over all parts.
       seed: seed of order and augmentation.
       start: index of the first batch; the same index always gives the same batch.
       workers: worker processes; 0 reads with threads of this process.
+      part: (p, P): the p-th of P equal parts of every batch, for P processes that share the work.
 
     Yields:
-      {"image": uint8 [B H W 3], "label": uint8 [B H W]}.
+      {"image": uint8 [B/P H W 3], "label": uint8 [B/P H W]}.
     """
+    number, parts = part
     dataset = (
         grain.MapDataset.source(source)
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(augment)
-        .batch(batch_size, drop_remainder=True)
+        .random_map(augment)[number::parts]
+        .batch(batch_size // parts, drop_remainder=True)
     )
     return iter(_read(dataset[start:], workers))
 
@@ -85,36 +95,53 @@ class _Numbered:
 
 
 def eval_batches(
-    source: Any, *, eval_size: tuple[int, int], batch_size: int, workers: int = 0
+    source: Any,
+    *,
+    eval_size: tuple[int, int],
+    batch_size: int,
+    workers: int = 0,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
+    largest: tuple[int, int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order, at evaluation preprocessing; the last batch is filled up.
 
     Images are resized to the one `eval_size` (never padded: padding changes features well inside
     an image). Labels keep their own size, at the top left of a canvas of void common to the batch.
 
+    Args:
+      source: random-access examples ("image", "label").
+      eval_size: (h, w).
+      batch_size: examples a batch of one part.
+      workers: worker processes; 0 reads with threads of this process.
+      start: number of the first example.
+      part: (p, P): every P-th example from the p-th on, for P processes that share the work; all
+        parts have the same number of batches.
+      largest: label size that every batch's canvas must hold; processes that share the work need
+        equal canvases. None: each batch's own largest.
+
     Yields:
       {"image": uint8 [B h w 3] at eval_size, "label": uint8 [B H W], "size": int32 [B 2] of each
       label, "index": int32 [B], the example's number, −1 for a filling}.
     """
-    dataset = grain.MapDataset.source(_Numbered(source)).map(_ForEvaluation(eval_size))
-    batch: list[dict] = []
-    for example in _read(dataset, workers):
-        batch.append(example)
-        if len(batch) == batch_size:
-            yield _collate(batch)
-            batch = []
-    if batch:
-        filling = {
-            "image": np.zeros_like(batch[0]["image"]),
-            "label": np.full((1, 1), VOID, np.uint8),
-            "index": np.int32(-1),
-        }
-        yield _collate(batch + [filling] * (batch_size - len(batch)))
+    number, parts = part
+    count = len(source) - start
+    batches = -(-count // (parts * batch_size))
+    dataset = grain.MapDataset.source(_Numbered(source))[start + number :: parts]
+    examples = iter(_read(dataset.map(_ForEvaluation(eval_size)), workers) if len(dataset) else ())
+    filling = {
+        "image": np.zeros((*eval_size, 3), np.uint8),
+        "label": np.full((1, 1), VOID, np.uint8),
+        "index": np.int32(-1),
+    }
+    for _ in range(batches):
+        batch = list(itertools.islice(examples, batch_size))
+        yield _collate(batch + [filling] * (batch_size - len(batch)), largest)
 
 
-def _collate(examples: list[dict]) -> dict[str, np.ndarray]:
+def _collate(examples: list[dict], largest: tuple[int, int] | None) -> dict[str, np.ndarray]:
     sizes = np.array([e["label"].shape for e in examples], np.int32)
-    canvas = canvas_size(sizes)
+    canvas = canvas_size(np.array([largest]) if largest else sizes)
     labels = [
         cv2.copyMakeBorder(
             e["label"], 0, canvas[0] - h, 0, canvas[1] - w, cv2.BORDER_CONSTANT, value=VOID

@@ -165,10 +165,8 @@ def search(
     step: Callable,
     variables: Any,
     batches: Iterable[dict[str, np.ndarray]],
-    *,
-    num_prototypes: int,
-    features: int,
-    k: int,
+    start: Patches,
+    after_batch: Callable[[Callable[[], Patches]], None] | None = None,
 ) -> Patches:
     """Run a search step over a data set on every device.
 
@@ -177,20 +175,26 @@ def search(
       step: from `make_search_step` or `make_fallback_step`.
       variables: the model's variables (unreplicated).
       batches: evaluation batches ("image", "label", "size", "index").
-      num_prototypes: M.
-      features: D.
-      k: patches kept a prototype.
+      start: an `empty` table, or the best so far of a search that goes on; `batches` are the rest.
+      after_batch: called after each batch with a function that fetches the best so far.
 
     Returns:
       The table as NumPy arrays.
     """
+    m, k, features = start.feature.shape
     mapped = pool.map(step, donate_argnums=(0,))
-    tables = pool.replicate(empty(num_prototypes, k, features))
+    tables = pool.replicate(empty(m, k, features))
     variables = pool.replicate(variables)
+
+    def best() -> Patches:
+        parts = pool.all(tables)
+        result = start
+        for device in range(pool.total):
+            result = merge(result, jax.tree.map(lambda x, d=device: x[d], parts), k)
+        return jax.tree.map(np.asarray, result)
+
     for batch in pool.prefetch(batches):
         tables = mapped(tables, variables, batch)
-    tables = pool.all(tables)
-    result = jax.tree.map(lambda x: x[0], tables)
-    for device in range(1, pool.count):
-        result = merge(result, jax.tree.map(lambda x, d=device: x[d], tables), k)
-    return jax.tree.map(np.asarray, result)
+        if after_batch:
+            after_batch(best)
+    return best()

@@ -25,10 +25,19 @@ import protoseg_jax
 from protoseg_jax import inference as inferences
 from protoseg_jax.data import builders, pipeline
 from protoseg_jax.data.augment import Augment
-from protoseg_jax.devices import DevicePool, backend_description, stack_metrics
+from protoseg_jax.devices import (
+    DevicePool,
+    backend_description,
+    barrier,
+    is_main,
+    leave_processes,
+    on_any_process,
+    stack_metrics,
+)
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.explain import figures
+from protoseg_jax.interrupts import Interrupted, Interrupts
 from protoseg_jax.models.prototypes import equal_blocks, similarity
 from protoseg_jax.prototypes import patch_search
 from protoseg_jax.prototypes.projection import project
@@ -42,7 +51,8 @@ from protoseg_jax.workdir import Checkpoint, Workdir, write_json
 
 def say(text: str) -> None:
     """A line for the person watching, above any progress bar."""
-    tqdm.tqdm.write(text, file=sys.stderr)
+    if is_main():
+        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 class Run:
@@ -63,6 +73,7 @@ class Run:
         self.config = config
         self.workdir = workdir
         self.pool = pool or DevicePool()
+        self.interrupts = Interrupts()
         self.phases = phases_lib.from_config(config)
         self.data = builders.load(
             config.data.name,
@@ -104,13 +115,21 @@ class Run:
         """c(j), [M]."""
         return np.array([p["class"] for p in prototypes], np.int64)
 
-    def eval_batches(self, split: str):
-        """A split at evaluation preprocessing; the batch is rounded up to the devices."""
+    @property
+    def eval_batch_size(self) -> int:
+        """Images an evaluation batch of this process: the config's, rounded up to the devices."""
+        return -(-self.config.eval_batch_size // self.pool.total) * self.pool.count
+
+    def eval_batches(self, split: str, start: int = 0):
+        """This process's part of a split, from an image on, at evaluation preprocessing."""
         return pipeline.eval_batches(
             self.data.source(split),
             eval_size=tuple(self.config.eval_size),
-            batch_size=-(-self.config.eval_batch_size // self.pool.count) * self.pool.count,
+            batch_size=self.eval_batch_size,
             workers=self.config.data.workers,
+            start=start,
+            part=(self.pool.process, self.pool.processes),
+            largest=self.data.label_size(split) if self.pool.processes > 1 else None,
         )
 
     def initial(self) -> Checkpoint:
@@ -192,11 +211,16 @@ class Run:
             seed=config.seed,
             start=first_batch + begun,
             workers=config.data.workers,
+            part=(pool.process, pool.processes),
         )
         state, frozen, constants = map(pool.replicate, (state, frozen, constants))
         earlier = start.seconds if start.phase == phase.name else 0.0
         clock = time.monotonic()
-        board = tensorboardX.SummaryWriter(str(self.workdir.path / "tensorboard"))
+        board = tensorboardX.SummaryWriter(
+            str(self.workdir.path / "tensorboard"),
+            purge_step=first_batch + begun + 1,
+            write_to_disk=is_main(),
+        )
         pending: list[dict[str, jax.Array]] = []
         window = time.monotonic()
 
@@ -211,7 +235,13 @@ class Run:
             seconds = earlier + time.monotonic() - clock
             return Checkpoint(phase.name, number, finished, arrays, start.prototypes, seconds)
 
-        with Progress(phase.name, phase.steps, begun) as progress:
+        def asked_to_stop(number: int) -> bool:
+            # With several processes all must stop at the same step: they agree where they log.
+            if pool.processes > 1 and number % config.log_every and number < phase.steps:
+                return False
+            return bool(on_any_process(self.interrupts.pending))
+
+        with self.interrupts.held(), Progress(phase.name, phase.steps, begun) as progress:
             batches = pool.prefetch(batches)
             for number in range(begun + 1, phase.steps + 1):
                 state, metrics = step(state, frozen, constants, next(batches))
@@ -219,7 +249,8 @@ class Run:
                 last = number == phase.steps
                 saves = config.checkpoint_every and number % config.checkpoint_every == 0
                 scores = config.eval_every and number % config.eval_every == 0 and not last
-                if last or saves or scores or number % config.log_every == 0:
+                stops = asked_to_stop(number)
+                if last or saves or scores or stops or number % config.log_every == 0:
                     means = stack_metrics(pending)
                     rate = len(pending) * config.batch_size / (time.monotonic() - window)
                     self._log(board, phase, number, first_batch, means, rate)
@@ -231,8 +262,10 @@ class Run:
                             f"lower its phases.{phase.name}.learning_rates, or look at the data; "
                             f"the last good checkpoint is kept in {self.workdir.checkpoints}"
                         )
-                    if saves and not last:
+                    if stops or (saves and not last):
                         self.workdir.save(checkpoint(number))
+                    if stops:
+                        raise Interrupted(on_any_process(self.interrupts.pending))
                     if scores:
                         result = self.score(checkpoint(number), "validation", overlap=False)
                         miou = _percent(result["miou"])
@@ -261,30 +294,53 @@ class Run:
         classes = self.classes_of(start.prototypes)
         split = self.config.data.projection_split
 
-        def run(step, name):
-            with Progress(name, self.data.splits[split], 0, unit="image") as progress:
-                return patch_search.search(
-                    self.pool,
-                    step,
-                    variables_of(start.arrays),
-                    progress.watch(self.eval_batches(split)),
-                    num_prototypes=len(classes),
-                    features=self.config.model.features,
-                    k=k,
-                )
+        name = "projection" if within_class else "pruning"
+        table, done = patch_search.empty(len(classes), k, self.config.model.features), 0
+        if start.phase == name:  # a search that goes on
+            table, done = patch_search.Patches(**start.arrays["search"]), start.step
+        total, stride = self.data.splits[split], self.eval_batch_size * self.pool.processes
+        clock = time.monotonic()
 
-        patches = run(
-            patch_search.make_search_step(inference, classes, k=k, within_class=within_class),
-            "projection" if within_class else "pruning",
-        )
+        def after_batch(best) -> None:
+            nonlocal done
+            done = min(done + stride, total)
+            progress.update(min(stride, total - progress.done))
+            stop = on_any_process(self.interrupts.pending)
+            every = self.config.checkpoint_every
+            due = every and -(-done // stride) % every == 0
+            if stop or (due and done < total):
+                arrays = {n: start.arrays[n] for n in ("params", "frozen")}
+                arrays["search"] = vars(best())
+                seconds = start.seconds * (start.phase == name) + time.monotonic() - clock
+                self.workdir.save(Checkpoint(name, done, False, arrays, start.prototypes, seconds))
+            if stop:
+                raise Interrupted(stop)
+
+        def run(step, table, batches, after):
+            return patch_search.search(
+                self.pool, step, variables_of(start.arrays), batches, table, after
+            )
+
+        with self.interrupts.held(), Progress(name, total, done, unit="image") as progress:
+            patches = run(
+                patch_search.make_search_step(inference, classes, k=k, within_class=within_class),
+                table,
+                self.eval_batches(split, done),
+                after_batch,
+            )
         missing = np.unique(classes[~np.isfinite(patches.squared_distance[:, 0])])
         for c in missing.tolist() if within_class else []:
-            name = self.data.label_set.names[c]
             say(
-                f"warning: class {name!r} has pixels but no point on the feature map; its "
-                "prototypes are projected onto cells that contain any of its pixels"
+                f"warning: class {self.data.label_set.names[c]!r} has pixels but no point on the "
+                "feature map; its prototypes are projected onto cells that contain any of its "
+                "pixels"
             )
-            found = run(patch_search.make_fallback_step(inference, c), f"projection of {name}")
+            found = run(
+                patch_search.make_fallback_step(inference, c),
+                patch_search.empty(len(classes), k, self.config.model.features),
+                self.eval_batches(split),
+                None,
+            )
             own = classes == c
             patches = jax.tree.map(
                 lambda a, b, own=own: np.where(own.reshape(-1, *[1] * (a.ndim - 1)), b, a),
@@ -310,7 +366,7 @@ class Run:
             f"projection: {len(start.prototypes)} prototypes became patches, "
             f"{len(start.prototypes) - len(prototypes)} duplicates dropped"
         )
-        seconds = time.monotonic() - clock
+        seconds = start.seconds * (start.phase == phase.name) + time.monotonic() - clock
         return Checkpoint(phase.name, 1, True, arrays, prototypes, seconds)
 
     def pruning_phase(self, phase: Phase, start: Checkpoint) -> Checkpoint:
@@ -325,7 +381,7 @@ class Run:
                 f"{self.data.label_set.names[c]!r}; its best one is kept"
             )
         say(f"pruning: {len(keep)} of {len(start.prototypes)} prototypes stay")
-        seconds = time.monotonic() - clock
+        seconds = start.seconds * (start.phase == phase.name) + time.monotonic() - clock
         return Checkpoint(phase.name, 1, True, arrays, prototypes, seconds)
 
     # -- what a phase leaves behind ------------------------------------------------------------
@@ -375,8 +431,9 @@ class Run:
     def summarise(self, phase: Phase, checkpoint: Checkpoint) -> None:
         """Score a finished phase on validation and add it to summary.json."""
         scores = self.score(checkpoint, "validation")
-        if phase.kind != "train":
+        if phase.kind != "train" and is_main():
             self.write_prototypes(checkpoint)
+        self.workdir.wait()  # a phase that is scored must have its checkpoint
         self.workdir.add_summary(
             {
                 "phase": phase.name,
@@ -391,28 +448,36 @@ class Run:
 
     def go(self) -> None:
         """Every phase that is not yet done."""
-        done = [entry["phase"] for entry in self.workdir.summary()]
-        if all(phase.name in done for phase in self.phases):
+        names = [phase.name for phase in self.phases]
+        state = self.workdir.newest(names)
+        at = names.index(state.phase) if state else 0
+        # A phase beyond the checkpoint was scored only if its own checkpoint has been lost.
+        over = names[: at + bool(state and state.finished)]
+        summary = self.workdir.summary()
+        kept = [entry for entry in summary if entry["phase"] in over]
+        if len(kept) < len(summary):
+            self.workdir.write_summary(kept)
+        scored = [entry["phase"] for entry in kept]
+        if scored == names:
             say(f"this run is finished ({self.workdir.path}); name another --workdir for a new one")
+        elif state:
+            say(f"going on in phase {state.phase} after step {state.step}")
+        state = state or self.initial()
+        for phase in self.phases[at:]:
+            if phase.name in scored:
+                continue
+            resumed = state.phase == phase.name
+            before = names[: names.index(phase.name)]
+            self.workdir.truncate_metrics(before, phase.name, state.step if resumed else 0)
+            if not (resumed and state.finished):
+                first_batch = sum(
+                    p.steps for p in self.phases if p.kind == "train" and p.name in before
+                )
+                state = self._run_phase(phase, state, first_batch)
+                self.workdir.save(state)
+            self.summarise(phase, state)
+        if is_main():
             print(evaluation.stage_table(self.workdir.summary()))
-            return
-        state, first_batch = self.initial(), 0
-        for phase in self.phases:
-            name = self.workdir.latest(phase.name)
-            if name:
-                state = self.workdir.restore(name)
-            if phase.name not in done:
-                resumed = state.phase == phase.name
-                kept = [p.name for p in self.phases[: self.phases.index(phase)]]
-                self.workdir.truncate_metrics(kept, phase.name, state.step if resumed else 0)
-                if resumed:
-                    say(f"going on in phase {phase.name} after step {state.step}")
-                if not (resumed and state.finished):
-                    state = self._run_phase(phase, state, first_batch)
-                    self.workdir.save(state)
-                self.summarise(phase, state)
-            first_batch += phase.steps if phase.kind == "train" else 0
-        print(evaluation.stage_table(self.workdir.summary()))
 
     def _run_phase(self, phase: Phase, state: Checkpoint, first_batch: int) -> Checkpoint:
         if phase.kind == "projection":
@@ -426,8 +491,8 @@ class Progress:
     """A bar with rate, loss and ETA on a terminal; plain lines elsewhere."""
 
     def __init__(self, name: str, total: int, done: int, unit: str = "step"):
-        self._plain = not sys.stderr.isatty()
-        self._name, self._total, self._done, self._unit = name, total, done, unit
+        self._plain = not sys.stderr.isatty() or not is_main()
+        self._name, self._total, self.done, self._unit = name, total, done, unit
         self._start, self._begun, self._said = time.monotonic(), done, 0.0
         self._bar = tqdm.tqdm(
             total=total, initial=done, desc=name, unit=unit, disable=self._plain, leave=False
@@ -441,25 +506,19 @@ class Progress:
 
     def update(self, count: int, loss: float | None = None, rate: float | None = None) -> None:
         """Count done steps or images."""
-        self._done += count
+        self.done += count
         if loss is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        if self._plain and (now - self._said > 10 or self._done >= self._total):
+        if self._plain and (now - self._said > 10 or self.done >= self._total):
             self._said = now
-            left = (self._total - self._done) * (now - self._start) / (self._done - self._begun)
-            parts = [f"{self._name}: {self._unit} {self._done}/{self._total}"]
+            left = (self._total - self.done) * (now - self._start) / (self.done - self._begun)
+            parts = [f"{self._name}: {self._unit} {self.done}/{self._total}"]
             if loss is not None:
                 parts += [f"loss {loss:.4f}", f"{rate:.1f} images/s"]
             parts.append(f"{datetime.timedelta(seconds=round(left))} left")
             say(", ".join(parts))
-
-    def watch(self, batches):
-        """Pass evaluation batches through, counting their images."""
-        for batch in batches:
-            yield batch
-            self.update(int((batch["index"] >= 0).sum()))
 
 
 def _keep(start: Checkpoint, keep: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -514,7 +573,17 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
       UserError: the user must change something.
     """
     folder = Workdir(workdir)
-    run = Run(config, folder)
-    run.check()
-    folder.start(config, manifest(config))
-    run.go()
+    try:
+        run = Run(config, folder)
+        with run.interrupts:
+            run.check()
+            folder.start(config, manifest(config))
+            run.go()
+            barrier("the run is over")
+    except BaseException as error:
+        folder.finish_writing()
+        if not isinstance(error, Interrupted):  # when interrupted, all processes stop together
+            leave_processes(error)
+        raise
+    finally:
+        folder.release()

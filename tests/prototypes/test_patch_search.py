@@ -84,9 +84,7 @@ def run(pictures, labels, vectors, classes, k, within_class, devices):
         patch_search.make_search_step(INFERENCE, classes, k=k, within_class=within_class),
         {"params": {"vectors": vectors}},
         batches(pictures, labels, 4),
-        num_prototypes=len(vectors),
-        features=D,
-        k=k,
+        patch_search.empty(len(vectors), k, D),
     )
 
 
@@ -104,6 +102,23 @@ def test_search_equals_naive_search_with_ties_and_duplicates(seed, k, within_cla
             got = (patches.image[j, n], patches.row[j, n], patches.col[j, n], patches.label[j, n])
             assert got == (image, row, col, label)
             np.testing.assert_array_equal(patches.feature[j, n], z)
+
+
+@pytest.mark.parametrize(("k", "within_class"), [(1, True), (6, False)])
+def test_a_search_goes_on_where_it_stopped_on_another_number_of_devices(k, within_class):
+    pictures, labels, vectors, classes = case(5)
+    step = patch_search.make_search_step(INFERENCE, classes, k=k, within_class=within_class)
+    variables = {"params": {"vectors": vectors}}
+    everything = list(batches(pictures, labels, 4))
+    so_far = []
+    four, one = (DevicePool(jax.local_devices()[:n]) for n in (4, 1))
+    start = patch_search.empty(len(vectors), k, D)
+    patch_search.search(four, step, variables, everything[:2], start, lambda f: so_far.append(f()))
+    assert len(so_far) == 2
+    for n, table in enumerate(so_far):
+        got = patch_search.search(one, step, variables, everything[n + 1 :], table)
+        expected = run(pictures, labels, vectors, classes, k, within_class, 1)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_fewer_images_than_k_leave_empty_slots():
@@ -125,9 +140,7 @@ def test_fallback_takes_cells_that_contain_any_pixel_of_the_class():
         patch_search.make_fallback_step(INFERENCE, 1),
         {"params": {"vectors": vectors}},
         batches(pictures, labels, 4),
-        num_prototypes=len(vectors),
-        features=D,
-        k=1,
+        patch_search.empty(len(vectors), 1, D),
     )
     assert (patches.image == 5).all() and (patches.row == 1).all() and (patches.col == 2).all()
 

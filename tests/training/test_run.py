@@ -1,7 +1,12 @@
 """A whole run on ten hand-made images in three sizes: every phase, what it leaves, going on."""
 
+import dataclasses
 import json
 import math
+import os
+import pickle
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from protoseg_jax.devices import DevicePool
 from protoseg_jax.errors import UserError
+from protoseg_jax.interrupts import Interrupted
 from protoseg_jax.models.prototypes import similarity
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import scoring
@@ -98,8 +105,6 @@ def make_config(root):
 
 
 def one_device():
-    from protoseg_jax.devices import DevicePool
-
     return DevicePool(jax.local_devices()[:1])
 
 
@@ -227,6 +232,7 @@ def test_a_phase_goes_on_from_its_checkpoint(finished, tmp_path):
     spare = Run(finished.config, Workdir(tmp_path / "spare"), one_device())
     spare.workdir.start(finished.config, {})
     whole = spare.train_phase(phase, first, 3)
+    spare.workdir.wait()
     half = spare.workdir.restore(spare.workdir.latest("joint"))
     assert (half.step, half.finished) == (2, False)
     again = spare.train_phase(phase, half, 3)
@@ -238,6 +244,135 @@ def test_a_phase_goes_on_from_its_checkpoint(finished, tmp_path):
             other.arrays["params"],
         )
         assert all(jax.tree.leaves(same))
+
+
+def same_params(a, b):
+    equal = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)
+    return all(jax.tree.leaves(equal))
+
+
+@pytest.mark.parametrize("name", ["projection", "pruning"])
+def test_a_search_that_is_interrupted_goes_on(finished, tmp_path, name):
+    """SIGTERM in the middle of a search: its best so far is saved, and the rest is searched."""
+    position = PHASES.index(name)
+    before = finished.workdir.restore(PHASES[position - 1])
+    spare = Run(finished.config, Workdir(tmp_path / "spare"), one_device())
+    spare.workdir.start(finished.config, {})
+    spare.interrupts.pending = signal.SIGTERM
+    with pytest.raises(Interrupted) as stopped:
+        spare._run_phase(finished.phases[position], before, 0)
+    assert stopped.value.code == 143
+    spare.workdir.wait()
+    spare.interrupts.pending = 0
+    half = spare.workdir.newest([name])
+    assert (half.phase, half.finished) == (name, False) and 0 < half.step < 8
+    again = spare._run_phase(finished.phases[position], half, 0)
+    expected = finished.workdir.restore(name)
+    assert same_params(again.arrays["params"], expected.arrays["params"])
+    assert again.prototypes == expected.prototypes
+
+
+def test_training_that_is_interrupted_saves_first(finished, tmp_path):
+    spare = Run(finished.config, Workdir(tmp_path / "spare"), one_device())
+    spare.workdir.start(finished.config, {})
+    spare.interrupts.pending = signal.SIGINT
+    with pytest.raises(Interrupted) as stopped:
+        spare.train_phase(finished.phases[1], finished.workdir.restore("warmup"), 3)
+    assert stopped.value.code == 130
+    spare.workdir.wait()
+    spare.interrupts.pending = 0
+    half = spare.workdir.newest(PHASES)
+    assert (half.phase, half.step) == ("joint", 1)
+    whole = spare.train_phase(finished.phases[1], half, 3)
+    expected = finished.workdir.restore("joint").arrays["params"]
+    assert same_params(whole.arrays["params"], expected)
+
+
+def damage(folder, how):
+    """Cut off or change the largest file of a checkpoint, or remove it."""
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 0x10
+    largest.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "gone", "meta"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, how, capsys):
+    root = tmp_path / "work"
+    shutil.copytree(finished.workdir.path, root)
+    last = root / "checkpoints" / "finetune_pruned"
+    if how == "gone":
+        shutil.rmtree(last)
+    elif how == "meta":
+        text = last.with_suffix(".json").read_text()
+        last.with_suffix(".json").write_text(text.replace('"class": 0', '"class": 1', 1))
+    else:
+        damage(last, how)
+    with pytest.raises(UserError, match="finetune_pruned is damaged .*start train.py again"):
+        scoring.score_run(str(root), "validation", None, None)
+    run = Run(finished.config, Workdir(root), one_device())
+    run.workdir.start(finished.config, {})
+    run.go()
+    errors = capsys.readouterr().err
+    assert "finetune_pruned is damaged" in errors and "checkpoints/damaged" in errors
+    again, expected = (w.restore("finetune_pruned") for w in (run.workdir, finished.workdir))
+    assert same_params(again.arrays["params"], expected.arrays["params"])
+    scores = [{**e, "seconds": 0} for e in run.workdir.summary()]
+    assert scores == [{**e, "seconds": 0} for e in finished.workdir.summary()]
+    if how != "gone":
+        assert (root / "checkpoints" / "damaged" / "finetune_pruned").is_dir()
+
+
+def test_two_trainers_on_one_folder_are_refused(finished, tmp_path):
+    first, second = Workdir(tmp_path / "work"), Workdir(tmp_path / "work")
+    first.start(finished.config, {})
+    with pytest.raises(UserError, match=f"in use by another train.py .process {os.getpid()} on"):
+        second.start(finished.config, {})
+    first.release()
+    second.start(finished.config, {})
+    second.release()
+
+
+def test_started_on_four_devices_and_resumed_on_one(finished, tmp_path):
+    """The loss goes on as if nothing had happened."""
+    config = finished.config.copy_and_resolve_references()
+    config.batch_size = 4
+    losses = []
+    for name, counts in (("same", (1, 1)), ("other", (4, 1))):
+        state = finished.workdir.restore("warmup")
+        for stop, devices in zip((2, 3), counts, strict=True):
+            pool = DevicePool(jax.local_devices()[:devices])
+            run = Run(config, Workdir(tmp_path / name), pool)
+            phase = dataclasses.replace(run.phases[1], steps=3)
+            run.interrupts.pending = 0
+            if stop == 2:
+                run.train_phase(phase, state, 3)  # leaves joint-0000002 behind
+                run.workdir.wait()
+                state = run.workdir.restore("joint-0000002")
+            else:
+                run.train_phase(phase, state, 3)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(losses[0]) == 4  # steps 1, 2, 3 and, resumed, 3 again
+    assert losses[0][2] == losses[0][3]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_nothing_that_is_read_is_executed(finished, tmp_path, monkeypatch):
+    """A run's folder is restored and scored without pickle."""
+
+    def refuse(*_, **__):
+        raise AssertionError("pickle was used")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    root = tmp_path / "work"
+    shutil.copytree(finished.workdir.path, root)
+    assert Workdir(root).newest(PHASES).phase == "finetune_pruned"
+    assert Workdir(root).config().to_dict() == finished.workdir.config().to_dict()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path):

@@ -53,7 +53,7 @@ def setup(config):
     return inference, jax.jit(inference.model.init)(jax.random.key(0), images)["params"]
 
 
-def batch(size=8):
+def make_batch(size=8):
     """Uneven content: void, absent classes, an image that is all void."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, C, (size, 5, 5)).repeat(7, 1).repeat(7, 2)[:, :33, :33]
@@ -68,9 +68,14 @@ def batch(size=8):
 
 @functools.cache
 def run(phase_name, devices, accumulate=1, count=1, reduction="present"):
+    pool = DevicePool(jax.local_devices()[:devices])
+    return run_on(pool, phase_name, accumulate, count, reduction)
+
+
+def run_on(pool, phase_name, accumulate=1, count=1, reduction="present", batch=None):
+    """(state, metrics) after `count` steps on a batch (its part, with several processes)."""
     config, phase = make_config(diversity_reduction=reduction), PHASES[phase_name]
     inference, params = setup(config)
-    pool = DevicePool(jax.local_devices()[:devices])
     step = pool.map(
         steps.make_step(
             inference,
@@ -84,9 +89,10 @@ def run(phase_name, devices, accumulate=1, count=1, reduction="present"):
     )
     _, frozen = steps.split(params, phase)
     state = pool.replicate(steps.init_state(params, phase))
+    batch = make_batch() if batch is None else batch
     for _ in range(count):
-        state, metrics = step(state, pool.replicate(frozen), {}, pool.shard(batch()))
-    metrics = {k: float(np.asarray(v)[0]) for k, v in metrics.items()}
+        state, metrics = step(state, pool.replicate(frozen), {}, pool.shard(batch))
+    metrics = {k: float(np.asarray(v.addressable_shards[0].data)[0]) for k, v in metrics.items()}
     return pool.first(state), metrics
 
 
@@ -160,7 +166,7 @@ def test_all_void_batch_is_finite():
             feature_size=(5, 5),
         )
     )
-    void = {**batch(), "label": np.full((8, *SIZE), 255, np.uint8)}
+    void = {**make_batch(), "label": np.full((8, *SIZE), 255, np.uint8)}
     _, frozen = steps.split(params, JOINT)
     state = pool.replicate(steps.init_state(params, JOINT))
     state, metrics = step(state, pool.replicate(frozen), {}, pool.shard(void))
@@ -212,7 +218,7 @@ def test_frozen_groups_cost_nothing():
     config = make_config()
     config.model.width = 32
     inference, params = setup(config)
-    data = batch()
+    data = make_batch()
     forward = jax.jit(lambda p, x: inference({"params": p}, x).logits)
     base = forward.lower(params, data["image"]).compile().cost_analysis()["flops"]
     pool = DevicePool(jax.local_devices()[:1])
