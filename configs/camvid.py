@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
     c.data.workers = 0
     c.data.train_split = "train"
     c.data.projection_split = "train"
-    c.augment = ConfigDict({"scale": (0.5, 1.5)})
+    # Around the half at which images are evaluated, so that things have the size they will have.
+    c.augment = ConfigDict({"scale": (0.4, 0.8)})
 
     c.model = ConfigDict()
     c.model.backbone = "resnet"

@@ -97,7 +97,7 @@ def sheet(
     """
     rows = []
     for number in range(count):
-        example = source[number % len(source)]
+        example = source[number * len(source) // count % len(source)]  # from all over it
         choice = augment.choose(example["image"].shape[:2], np.random.default_rng([seed, number]))
         top, left, height, width = choice.box
         room = max(choice.size[0], top + height), max(choice.size[1], left + width)

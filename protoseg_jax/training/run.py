@@ -88,13 +88,27 @@ class Run:
     # -- models and data -----------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse what would only show after hours.
+        """Refuse what would only show later.
 
         Raises:
-          UserError: the batch does not divide, or a class has nothing to learn from.
+          UserError: the batch does not divide, a size or number is too small, or a class has
+            nothing to learn from.
         """
         config = self.config
         self.pool.check_batch(config.batch_size, config.accumulate)
+        for key in ("eval_batch_size", "log_every"):
+            if config[key] < 1:
+                raise UserError(f"{key}={config[key]} must be at least 1; set --config.{key}")
+        for key in ("crop_size", "eval_size"):
+            size = tuple(config[key])
+            points = (0, 0)
+            if len(size) == 2 and min(size) > 0:
+                points = feature_size(self.inference([{"class": 0}]), size)
+            if min(points) < 2:
+                raise UserError(
+                    f"{key}={size} is too small for the backbone: it leaves fewer than 2×2 points; "
+                    f"set --config.{key} to (height, width) of 17 pixels or more"
+                )
         for split in dict.fromkeys((config.data.train_split, config.data.projection_split)):
             pixels = self.data.class_pixels(split)
             absent = [

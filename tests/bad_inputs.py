@@ -1,0 +1,223 @@
+"""Every bad input of a run, and the line it prints.
+
+    python tests/bad_inputs.py [--out=benchmarks/results/bad_inputs.md]
+
+Each case is a program started as a user would start it; it must end with exit code 2, one line on
+stderr and nothing half written, or this program fails.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "training"), str(ROOT / "benchmarks")]
+
+import kill  # noqa: E402
+from test_run import make_data  # noqa: E402
+
+Spoil = Callable[[pathlib.Path], object]
+
+
+def _mask(data: pathlib.Path, array: np.ndarray) -> None:
+    Image.fromarray(array.astype(np.uint8)).save(data / "masks" / "im0.png")
+
+
+def _no_bars(data: pathlib.Path) -> None:
+    for path in (data / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 2, 0, mask).astype(np.uint8)).save(path)
+
+
+# name: (what is done to the data, further arguments of train.py, words the line must hold)
+DATA: dict[str, tuple[Spoil, list[str], str]] = {
+    "missing data folder": (lambda d: shutil.rmtree(d), [], "does not exist"),
+    "empty data folder": (
+        lambda d: (shutil.rmtree(d), d.mkdir()),
+        [],
+        "is empty",
+    ),
+    "an image that does not decode": (
+        lambda d: (d / "images" / "im0.png").write_bytes(b"no image"),
+        [],
+        "im0.png does not decode",
+    ),
+    "a mask of another size": (
+        lambda d: _mask(d, np.zeros((9, 9))),
+        [],
+        "is 9×9",
+    ),
+    "a mask value outside the classes": (
+        lambda d: _mask(d, np.full((40, 56), 77)),
+        [],
+        "holds the value 77",
+    ),
+    "a class without a training pixel": (_no_bars, [], "no pixel of class 'bar'"),
+    "a misspelt key": (lambda d: None, ["--config.batchsize=2"], "batchsize"),
+    "a wrong type": (lambda d: None, ["--config.batch_size=two"], "batch_size"),
+    "a misspelt flag": (lambda d: None, ["--wrkdir=x"], "wrkdir"),
+    "a config that does not exist": (
+        lambda d: None,
+        ["--config=configs/kitti.py"],
+        "configs/kitti.py' does not exist",
+    ),
+    "a batch of 0": (lambda d: None, ["--config.batch_size=0"], "batch_size=0"),
+    "a batch that does not divide": (
+        lambda d: None,
+        ["--config.batch_size=4", "--config.accumulate=3"],
+        "multiple of 3",
+    ),
+    "an eval_size too small for the backbone": (
+        lambda d: None,
+        ["--config.eval_size=(8,8)"],
+        "too small for the backbone",
+    ),
+    "an unwritable workdir": (
+        lambda d: None,
+        ["--workdir=/proc/nowhere"],
+        "cannot be written",
+    ),
+    "an unknown backbone": (
+        lambda d: None,
+        ["--config.model.backbone=vgg"],
+        "vgg",
+    ),
+}
+
+
+def run(line: list[str], scratch: pathlib.Path, prefix: list[str] = ()) -> tuple[int, str]:
+    """(exit code, stderr) of a program."""
+    result = subprocess.run(
+        [*prefix, *line], env=kill.environment(scratch), capture_output=True, text=True, cwd=ROOT
+    )
+    return result.returncode, result.stderr
+
+
+def data_case(name: str, scratch: pathlib.Path) -> tuple[int, str, list[str]]:
+    """(exit code, stderr, what lies in the run's folder) of a case of `DATA`."""
+    spoil, arguments, _ = DATA[name]
+    make_data(scratch / "data")
+    spoil(scratch / "data")
+    line = kill.command(scratch / "data", scratch / "cache", scratch / "work") + arguments
+    code, errors = run(line, scratch)
+    left = (
+        sorted(p.name for p in (scratch / "work").iterdir()) if (scratch / "work").exists() else []
+    )
+    return code, errors, left
+
+
+@contextlib.contextmanager
+def trainer(scratch: pathlib.Path) -> Iterator[list[str]]:
+    """A train.py that has done its warm-up and is in an endless joint phase: its command line."""
+    make_data(scratch / "data")
+    line = kill.command(scratch / "data", scratch / "cache", scratch / "work")
+    line.append("--config.phases.joint.steps=1000000")
+    process = subprocess.Popen(
+        line, env=kill.environment(scratch), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        while not (scratch / "work" / "summary.json").exists():
+            if process.poll() is not None:
+                raise RuntimeError(process.stderr.read().decode())
+            time.sleep(0.5)
+        yield line
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def evaluate(scratch: pathlib.Path, *arguments: str) -> tuple[int, str]:
+    """eval.py on the scratch run."""
+    line = [sys.executable, str(ROOT / "eval.py"), f"--workdir={scratch / 'work'}", *arguments]
+    return run(line, scratch)
+
+
+def run_cases(scratch: pathlib.Path) -> dict[str, tuple[int, str, str]]:
+    """(exit code, stderr, expected words) of what goes wrong with a run that exists."""
+    found = {}
+    with trainer(scratch) as line:
+        found["two trainers on one workdir"] = (*run(line, scratch), "in use by another train.py")
+        found["eval.py: a phase not yet reached"] = (
+            *evaluate(scratch, "--phase=pruning"),
+            "has not finished phase 'pruning'",
+        )
+        found["eval.py: a split that does not exist"] = (
+            *evaluate(scratch, "--split=night"),
+            "split 'night' does not exist",
+        )
+    other = [*line, "--config.loss.diversity=0.5"]
+    found["a workdir that belongs to another config"] = (*run(other, scratch), "loss.diversity")
+    (scratch / "work").rename(scratch / "moved")
+    found["eval.py: a folder that is no run"] = (*evaluate(scratch), "holds no run")
+    return found
+
+
+def can_mount() -> bool:
+    """Whether a small file system can be made here (user namespaces)."""
+    return not subprocess.run(
+        ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=1m none /mnt"], capture_output=True
+    ).returncode
+
+
+def full_disk_case(scratch: pathlib.Path) -> tuple[int, str]:
+    """A run whose folder is a file system of 300 kB."""
+    make_data(scratch / "data")
+    (scratch / "work").mkdir()
+    line = kill.command(scratch / "data", scratch / "cache", scratch / "work")
+    script = 'mount -t tmpfs -o size=300k none "$0" && exec "$@"'
+    return run(line, scratch, ["unshare", "-rm", "sh", "-c", script, str(scratch / "work")])
+
+
+def verdict(code: int, errors: str, words: str) -> str | None:
+    """The line that was printed, or None if it is not what it should be."""
+    lines = errors.strip().splitlines()
+    lines = [x for x in lines if not x.startswith("preparing ") and " left" not in x]
+    good = code == 2 and lines and lines[-1].startswith("error: ") and words in lines[-1]
+    return lines[-1] if good and "Traceback" not in errors else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path)
+    arguments = parser.parse_args()
+    rows, wrong = [], 0
+
+    def add(name: str, code: int, errors: str, words: str, scratch: str) -> None:
+        nonlocal wrong
+        line = verdict(code, errors, words)
+        wrong += line is None
+        text = (line or f"WRONG, exit {code}: {errors}").replace(scratch, "…").replace("|", "\\|")
+        rows.append(f"| {name} | `{text.removeprefix('error: ')}` |")
+        print(rows[-1], file=sys.stderr, flush=True)
+
+    for name, (*_, words) in DATA.items():
+        with tempfile.TemporaryDirectory() as folder:
+            code, errors, _ = data_case(name, pathlib.Path(folder))
+            add(name, code, errors, words, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (code, errors, words) in run_cases(pathlib.Path(folder)).items():
+            add(name, code, errors, words, folder)
+    if can_mount():
+        with tempfile.TemporaryDirectory() as folder:
+            add("a full disk", *full_disk_case(pathlib.Path(folder)), "the disk is full", folder)
+    else:
+        rows.append("| a full disk | not run: no file system can be mounted here |")
+    head = ["# Bad input", "", "`python tests/bad_inputs.py`; each line ends with exit code 2.", ""]
+    text = "\n".join([*head, "| input | line |", "| --- | --- |", *rows])
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Every bad input ends with one line, exit code 2 and nothing half written."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import bad_inputs  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", bad_inputs.DATA)
+def test_bad_data_or_settings(name, tmp_path):
+    code, errors, left = bad_inputs.data_case(name, tmp_path)
+    assert bad_inputs.verdict(code, errors, bad_inputs.DATA[name][2]), errors
+    assert left == []
+
+
+def test_bad_runs(tmp_path):
+    for name, (code, errors, words) in bad_inputs.run_cases(tmp_path).items():
+        assert bad_inputs.verdict(code, errors, words), (name, errors)
+
+
+def test_full_disk(tmp_path):
+    if not bad_inputs.can_mount():
+        pytest.skip("no file system can be mounted here (unshare -rm)")
+    code, errors = bad_inputs.full_disk_case(tmp_path)
+    assert bad_inputs.verdict(code, errors, "the disk is full"), errors
