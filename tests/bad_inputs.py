@@ -107,7 +107,9 @@ def data_case(name: str, scratch: pathlib.Path) -> tuple[int, str, list[str]]:
     spoil, arguments, _ = DATA[name]
     make_data(scratch / "data")
     spoil(scratch / "data")
-    line = kill.command(scratch / "data", scratch / "cache", scratch / "work") + arguments
+    line = kill.command(scratch / "data", scratch / "cache", scratch / "work")
+    given = [a.partition("=")[0] for a in arguments]  # a tuple given twice would be appended
+    line = [a for a in line if a.partition("=")[0] not in given] + arguments
     code, errors = run(line, scratch)
     left = (
         sorted(p.name for p in (scratch / "work").iterdir()) if (scratch / "work").exists() else []

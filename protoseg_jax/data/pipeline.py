@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import grain.python as grain
 import numpy as np
+from absl import flags
 
 from protoseg_jax.data import preprocessing
 from protoseg_jax.data.augment import Augment
@@ -62,6 +63,8 @@ def _read(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
     threads = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READ_AHEAD)
     iterator = dataset.to_iter_dataset(threads)
     if workers:
+        if not flags.FLAGS.is_parsed():  # a notebook, say: Grain's workers ask for absl's flags
+            flags.FLAGS.mark_as_parsed()
         iterator = iterator.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         )

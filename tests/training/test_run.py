@@ -299,7 +299,10 @@ def damage(folder, how):
     largest.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "gone", "meta"])
+@pytest.mark.parametrize(
+    "how",
+    ["flipped", *(pytest.param(h, marks=pytest.mark.slow) for h in ("truncated", "gone", "meta"))],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, how, capsys):
     root = tmp_path / "work"
     shutil.copytree(finished.workdir.path, root)
@@ -336,6 +339,7 @@ def test_two_trainers_on_one_folder_are_refused(finished, tmp_path):
     second.release()
 
 
+@pytest.mark.slow
 def test_started_on_four_devices_and_resumed_on_one(finished, tmp_path):
     """The loss goes on as if nothing had happened."""
     config = finished.config.copy_and_resolve_references()
