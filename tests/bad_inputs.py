@@ -1,6 +1,6 @@
 """Every bad input of a run, and the line it prints.
 
-    python tests/bad_inputs.py [--out=benchmarks/results/bad_inputs.md]
+    python tests/bad_inputs.py [--out=FILE.md]
 
 Each case is a program started as a user would start it; it must end with exit code 2, one line on
 stderr and nothing half written, or this program fails.
@@ -78,7 +78,7 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
     ),
     "an eval_size too small for the backbone": (
         lambda d: None,
-        ["--config.eval_size=(8,8)"],
+        ["--config.eval_size=(4,4)"],
         "too small for the backbone",
     ),
     "an unwritable workdir": (

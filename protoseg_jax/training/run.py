@@ -107,7 +107,7 @@ class Run:
             if min(points) < 2:
                 raise UserError(
                     f"{key}={size} is too small for the backbone: it leaves fewer than 2×2 points; "
-                    f"set --config.{key} to (height, width) of 17 pixels or more"
+                    f"set --config.{key} to (height, width) of 8 pixels or more"
                 )
         for split in dict.fromkeys((config.data.train_split, config.data.projection_split)):
             pixels = self.data.class_pixels(split)
