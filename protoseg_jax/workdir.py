@@ -49,6 +49,7 @@ _FREE_KEYS = (
     "eval_batch_size",
 )
 _KEEP_IN_PHASE = 2
+_SPARE_BYTES = 1 << 20  # what a checkpoint takes beside its arrays, generously
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
@@ -249,6 +250,10 @@ class Workdir:
     def _write(self, checkpoint: Checkpoint) -> None:
         self._forget(checkpoint.name)
         target = self.checkpoints / checkpoint.name
+        # Looked at first: Orbax prints pages from its threads when the disk fills up under it.
+        need = sum(x.nbytes for x in jax.tree.leaves(checkpoint.arrays)) + _SPARE_BYTES
+        if shutil.disk_usage(self.path).free < need:
+            raise OSError(errno.ENOSPC, "disk full", str(target))
         try:
             with _checkpointer() as checkpointer:
                 checkpointer.save(target, checkpoint.arrays)
