@@ -42,7 +42,7 @@ def measure(name: str) -> tuple[float, float, float]:
     inference, pool = network(name), DevicePool(jax.local_devices()[:1])
     images = np.zeros((1, 65, 65, 3), np.float32)
     params = jax.device_get(jax.jit(inference.model.init)(jax.random.key(0), images))["params"]
-    state = steps.init_state(params, flops.PHASES[1])
+    state = steps.init_state(params, flops.PHASES["joint"])
     rng = np.random.default_rng(0)  # moments of zeros would compress to nothing
     moments = jax.tree.map(
         lambda x: rng.standard_normal(x.shape, np.float32) if x.ndim else x, state.moments
@@ -81,10 +81,7 @@ def main() -> None:
         blocked, whole, size = measure(name)
         lines.append(f"| {name} | {blocked * 1e3:.0f} ms | {whole:.2f} s | {size:.0f} MB |")
     lines += ["", f"Joint phase: parameters and both moments. Medians of {REPEATS}."]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    machine.report(lines, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train variants of a config side by side over several seeds: mean ± deviation of every score.
 
     python benchmarks/compare.py --config=configs/demo.py --seeds=0,1,2 \\
-        --vary=loss.diversity=0 --vary=loss.diversity=0.25 --runs=runs/table2
+        --vary=loss.diversity=0 --vary=loss.diversity=0.25
 
 A variant is one `--vary`: settings `key=value` separated by commas (empty: the config as it is),
 optionally behind a name and a colon. `--set` applies to all of them. Each run is `train.py` in a
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--vary", action="append", default=[], help="[name:] key=value,…")
     parser.add_argument("--set", action="append", default=[], help="key=value for every run")
-    parser.add_argument("--runs", type=pathlib.Path, required=True, help="folder of the runs")
+    parser.add_argument("--runs", type=pathlib.Path, default="runs/compare", help="their folder")
     parser.add_argument("--title", default="Variants side by side")
     parser.add_argument("--out", type=pathlib.Path, help="also write the table to this .md file")
     parser.add_argument("--only-table", action="store_true", help="of what is finished")
@@ -108,11 +108,7 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/compare.py", *_told(sys.argv[1:])])
     lines = [f"# {arguments.title}", "", f"`{command}`, {machine.describe()}", ""]
     lines += [*table(summaries), "", "Validation scores; mean ± sample deviation over the seeds."]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
+    machine.report(lines, arguments.out)
 
 
 def _told(argv: list[str]) -> list[str]:

@@ -188,11 +188,7 @@ def main() -> None:
         f"{peak / 2**20:.0f} MiB at its peak, gradient included, beside the distances' own "
         f"{given / 2**20:.0f} MiB.",
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
+    machine.report(lines, arguments.out)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ steps (losses, optimiser), as train.py maps them. Counted by XLA; nothing is run
 import argparse
 import pathlib
 import sys
+from collections.abc import Iterable
 
 import jax
 import ml_collections
@@ -27,14 +28,15 @@ from protoseg_jax.training import step as steps  # noqa: E402
 
 CLASSES, PROTOTYPES, SIZE, POINTS = 21, 210, 321, 41
 NEW = {"aspp": 2.5e-4, "prototypes": 2.5e-4}
-PHASES = (
-    phases.Phase("warmup", "train", 30000, NEW),
-    phases.Phase("joint", "train", 30000, {"backbone": 2.5e-5, **NEW}, "poly"),
-    phases.Phase("finetune", "train", 2000, {"head": 1e-5}, l1=True),
-)
+PHASES = {
+    "warmup": phases.Phase("warmup", "train", 30000, NEW),
+    "joint": phases.Phase("joint", "train", 30000, {"backbone": 2.5e-5, **NEW}, "poly"),
+    "finetune": phases.Phase("finetune", "train", 2000, {"head": 1e-5}, l1=True),
+}
 
 
 def config() -> ml_collections.ConfigDict:
+    """The published network and its losses."""
     model = {
         "backbone": "resnet",
         "depth": 101,
@@ -57,8 +59,8 @@ def flops(lowered) -> float:
     return lowered.compile().cost_analysis()["flops"]
 
 
-def count() -> dict[str, float]:
-    """FLOPs by name: "forward" and each phase's step."""
+def count(names: Iterable[str] = tuple(PHASES)) -> dict[str, float]:
+    """FLOPs by name: "forward" and the step of each named phase."""
     inference = inferences.from_config(config(), CLASSES, PROTOTYPES)
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.uint8)
     labels = jax.ShapeDtypeStruct((1, SIZE, SIZE), np.uint8)
@@ -71,7 +73,7 @@ def count() -> dict[str, float]:
     def on_device(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
 
-    for phase in PHASES:
+    for phase in (PHASES[name] for name in names):
         step = steps.make_step(
             inference,
             phase,
@@ -112,10 +114,7 @@ def main() -> None:
     ]
     for name, value in counted.items():
         lines.append(f"| {name} | {value / 1e9:.1f} | {value / counted['forward']:.3f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    machine.report(lines, arguments.out)
 
 
 if __name__ == "__main__":

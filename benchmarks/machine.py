@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in words."""
+"""What a benchmark ran on, in words; its page."""
 
 import datetime
 import os
@@ -21,6 +21,15 @@ def cpu() -> str:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def report(lines: list[str], out: pathlib.Path | None) -> None:
+    """Print a page, and write it to a file if one is named."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
 
 
 def describe() -> str:

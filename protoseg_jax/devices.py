@@ -9,6 +9,7 @@ import collections
 import itertools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ def leave_processes(error: BaseException) -> None:
     Does nothing where there are no peers.
     """
     if jax.process_count() > 1:
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
         print(f"process {jax.process_index()} ends: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UserError) else 1)

@@ -20,10 +20,11 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "training"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import kill  # noqa: E402
-from test_run import make_data  # noqa: E402
+import machine  # noqa: E402
+from discs import make_data  # noqa: E402
 
 Spoil = Callable[[pathlib.Path], object]
 
@@ -214,10 +215,7 @@ def main() -> None:
     else:
         rows.append("| a full disk | not run: no file system can be mounted here |")
     head = ["# Bad input", "", "`python tests/bad_inputs.py`; each line ends with exit code 2.", ""]
-    text = "\n".join([*head, "| input | line |", "| --- | --- |", *rows])
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    machine.report([*head, "| input | line |", "| --- | --- |", *rows], arguments.out)
     sys.exit(bool(wrong))
 
 

@@ -22,7 +22,12 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "training")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+import machine  # noqa: E402
+from discs import make_data  # noqa: E402
+
+from protoseg_jax.workdir import Workdir  # noqa: E402
 
 MAX_KILLS = 3
 PHASES = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
@@ -70,8 +75,6 @@ def environment(scratch: pathlib.Path) -> dict[str, str]:
 
 def results(workdir: pathlib.Path) -> dict:
     """All that must be equal: arrays of every phase, prototypes, scores."""
-    from protoseg_jax.workdir import Workdir
-
     folder = Workdir(workdir)
     summary = [{k: v for k, v in e.items() if k != "seconds"} for e in folder.summary()]
     arrays = {}
@@ -105,8 +108,6 @@ def differences(first: dict, second: dict) -> list[str]:
 
 def undisturbed(scratch: pathlib.Path) -> tuple[dict, float]:
     """(results, seconds) of a run that nobody kills, compiled programs being kept already."""
-    from test_run import make_data
-
     make_data(scratch / "data")
     for name in ("first", "reference"):  # the first fills the caches
         start = time.monotonic()
@@ -151,8 +152,6 @@ def _place(errors: str) -> str:
 
 
 def main() -> None:
-    import machine
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--signal", default="KILL", choices=["KILL", "TERM", "INT"])
@@ -171,7 +170,7 @@ def main() -> None:
             verdict = f"differs: {', '.join(wrong[:3])}" if wrong else "bit-identical"
             rows.append(f"| {number} | {'; '.join(struck) or 'not struck'} | {verdict} |")
             print(rows[-1], file=sys.stderr, flush=True)
-    text = "\n".join(
+    machine.report(
         [
             "# Runs killed at random moments",
             "",
@@ -185,11 +184,9 @@ def main() -> None:
             "| run | last line before each kill | result |",
             "| --- | --- | --- |",
             *rows,
-        ]
+        ],
+        arguments.out,
     )
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
     sys.exit(bool(unequal))
 
 

@@ -13,6 +13,7 @@ import dataclasses
 
 import cv2
 import grain.python as grain
+import ml_collections
 import numpy as np
 
 from protoseg_jax.data import preprocessing
@@ -59,6 +60,12 @@ class Augment(grain.RandomMapTransform):
         if choice.flip:
             image, label = image[:, ::-1], label[:, ::-1]
         return {"image": np.ascontiguousarray(image), "label": np.ascontiguousarray(label)}
+
+
+def from_config(config: ml_collections.ConfigDict) -> Augment:
+    """The augmentation of a run's config."""
+    fill = preprocessing.get(config.model.preprocessing).padding_colour
+    return Augment(tuple(config.crop_size), tuple(config.augment.scale), fill)
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -121,18 +128,11 @@ def _main() -> None:
     from protoseg_jax.data import builders
 
     config = _CONFIG.value
-    data = builders.load(
-        config.data.name,
-        data_dir=config.data.dir,
-        cache_dir=config.data.cache,
-        seed=config.seed,
-        void=config.data.get("void"),
-    )
+    data = builders.from_config(config)
     colours = np.full((256, 3), 255, np.uint8)
     colours[: len(data.label_set)] = data.label_set.colours
-    fill = preprocessing.get(config.model.preprocessing).padding_colour
-    augment = Augment(tuple(config.crop_size), tuple(config.augment.scale), fill)
-    picture = sheet(data.source(config.data.train_split), augment, colours, seed=config.seed)
+    source = data.source(config.data.train_split)
+    picture = sheet(source, from_config(config), colours, seed=config.seed)
     cv2.imwrite(_SHEET.value, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
 

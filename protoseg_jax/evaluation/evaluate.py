@@ -1,5 +1,6 @@
 """Scoring a model on a split: one pass on the devices, for training and eval.py alike."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,10 +14,14 @@ from protoseg_jax.inference import Inference
 from protoseg_jax.models.prototypes import similarity
 
 
+@functools.lru_cache(maxsize=4)
 def make_eval_step(
-    inference: Inference, prototype_classes: np.ndarray, num_classes: int, *, overlap: bool
+    inference: Inference, prototype_classes: tuple[int, ...], num_classes: int, *, overlap: bool
 ) -> Callable:
-    """step(variables, batch) → psum'd {"confusion": [C C], "overlap": OverlapSums or None}."""
+    """step(variables, batch) → psum'd {"confusion": [C C], "overlap": OverlapSums or None}.
+
+    The same arguments give the same function, so that scoring again compiles nothing.
+    """
 
     def step(variables, batch):
         output = inference(variables, batch["image"])
@@ -31,7 +36,11 @@ def make_eval_step(
         sums = None
         if overlap:
             sums = segmentation.overlap_sums(
-                similarity(output.distances), labels, batch["size"], prototype_classes, num_classes
+                similarity(output.distances),
+                labels,
+                batch["size"],
+                np.array(prototype_classes),
+                num_classes,
             )
         return psum({"confusion": confusion, "overlap": sums})
 
@@ -64,7 +73,8 @@ def evaluate(
       there are no pairs.
     """
     overlap = overlap and len(prototype_classes) > 0
-    step = pool.map(make_eval_step(inference, prototype_classes, num_classes, overlap=overlap))
+    classes = tuple(np.asarray(prototype_classes).tolist())
+    step = pool.map(make_eval_step(inference, classes, num_classes, overlap=overlap))
     variables = pool.replicate(variables)
     results = [step(variables, batch) for batch in pool.prefetch(batches)]
     confusion = np.zeros((num_classes, num_classes), np.int64)

@@ -23,8 +23,7 @@ import tqdm
 
 import protoseg_jax
 from protoseg_jax import inference as inferences
-from protoseg_jax.data import builders, pipeline
-from protoseg_jax.data.augment import Augment
+from protoseg_jax.data import augment, builders, pipeline
 from protoseg_jax.devices import (
     DevicePool,
     backend_description,
@@ -75,13 +74,7 @@ class Run:
         self.pool = pool or DevicePool()
         self.interrupts = Interrupts()
         self.phases = phases_lib.from_config(config)
-        self.data = builders.load(
-            config.data.name,
-            data_dir=config.data.dir,
-            cache_dir=config.data.cache,
-            seed=config.seed,
-            void=config.data.get("void"),
-        )
+        self.data = builders.from_config(config)
         self.num_classes = len(self.data.label_set)
         self.black_box = config.model.head == "linear"
 
@@ -145,6 +138,10 @@ class Run:
             part=(self.pool.process, self.pool.processes),
             largest=self.data.label_size(split) if self.pool.processes > 1 else None,
         )
+
+    def asked_to_stop(self) -> int:
+        """The signal that asked any process to stop, or 0; all must call this at the same place."""
+        return on_any_process(self.interrupts.pending)
 
     def initial(self) -> Checkpoint:
         """The run before its first phase: random weights, prototypes in [0, 1)^D."""
@@ -216,11 +213,7 @@ class Run:
         )
         batches = pipeline.train_batches(
             self.data.source(config.data.train_split),
-            Augment(
-                tuple(config.crop_size),
-                tuple(config.augment.scale),
-                inference.preprocessing.padding_colour,
-            ),
+            augment.from_config(config),
             batch_size=config.batch_size,
             seed=config.seed,
             start=first_batch + begun,
@@ -228,8 +221,7 @@ class Run:
             part=(pool.process, pool.processes),
         )
         state, frozen, constants = map(pool.replicate, (state, frozen, constants))
-        earlier = start.seconds if start.phase == phase.name else 0.0
-        clock = time.monotonic()
+        clock = _started(start, phase.name)
         board = tensorboardX.SummaryWriter(
             str(self.workdir.path / "tensorboard"),
             purge_step=first_batch + begun + 1,
@@ -246,16 +238,10 @@ class Run:
             arrays = {"params": merged, "frozen": frozen_vars}
             if not finished:  # the next phase starts with fresh moments
                 arrays["optimizer"] = moments
-            seconds = earlier + time.monotonic() - clock
+            seconds = time.monotonic() - clock
             return Checkpoint(phase.name, number, finished, arrays, start.prototypes, seconds)
 
-        def asked_to_stop(number: int) -> bool:
-            # With several processes all must stop at the same step: they agree where they log.
-            if pool.processes > 1 and number % config.log_every and number < phase.steps:
-                return False
-            return bool(on_any_process(self.interrupts.pending))
-
-        with self.interrupts.held(), Progress(phase.name, phase.steps, begun) as progress:
+        with Progress(phase.name, phase.steps, begun) as progress:
             batches = pool.prefetch(batches)
             for number in range(begun + 1, phase.steps + 1):
                 state, metrics = step(state, frozen, constants, next(batches))
@@ -263,8 +249,10 @@ class Run:
                 last = number == phase.steps
                 saves = config.checkpoint_every and number % config.checkpoint_every == 0
                 scores = config.eval_every and number % config.eval_every == 0 and not last
-                stops = asked_to_stop(number)
-                if last or saves or scores or stops or number % config.log_every == 0:
+                logs = last or number % config.log_every == 0
+                # With several processes all must stop at the same step: they agree where they log.
+                stop = self.asked_to_stop() if not last and (logs or pool.processes == 1) else 0
+                if logs or saves or scores or stop:
                     means = stack_metrics(pending)
                     rate = len(pending) * config.batch_size / (time.monotonic() - window)
                     self._log(board, phase, number, first_batch, means, rate)
@@ -276,12 +264,14 @@ class Run:
                             f"lower its phases.{phase.name}.learning_rates, or look at the data; "
                             f"the last good checkpoint is kept in {self.workdir.checkpoints}"
                         )
-                    if stops or (saves and not last):
-                        self.workdir.save(checkpoint(number))
-                    if stops:
-                        raise Interrupted(on_any_process(self.interrupts.pending))
+                    if not last and (stop or saves or scores):
+                        now = checkpoint(number)
+                    if not last and (stop or saves):
+                        self.workdir.save(now)
+                    if stop:
+                        raise Interrupted(stop)
                     if scores:
-                        result = self.score(checkpoint(number), "validation", overlap=False)
+                        result = self.score(now, "validation", overlap=False)
                         miou = _percent(result["miou"])
                         say(f"{phase.name} step {number}: validation mIoU {miou}")
                         board.add_scalar("validation/miou", result["miou"], first_batch + number)
@@ -313,19 +303,19 @@ class Run:
         if start.phase == name:  # a search that goes on
             table, done = patch_search.Patches(**start.arrays["search"]), start.step
         total, stride = self.data.splits[split], self.eval_batch_size * self.pool.processes
-        clock = time.monotonic()
+        clock = _started(start, name)
 
         def after_batch(best) -> None:
-            nonlocal done
-            done = min(done + stride, total)
             progress.update(min(stride, total - progress.done))
-            stop = on_any_process(self.interrupts.pending)
+            done = progress.done
+            if done == total:
+                return
+            stop = self.asked_to_stop()
             every = self.config.checkpoint_every
-            due = every and -(-done // stride) % every == 0
-            if stop or (due and done < total):
+            if stop or (every and done // stride % every == 0):
                 arrays = {n: start.arrays[n] for n in ("params", "frozen")}
                 arrays["search"] = vars(best())
-                seconds = start.seconds * (start.phase == name) + time.monotonic() - clock
+                seconds = time.monotonic() - clock
                 self.workdir.save(Checkpoint(name, done, False, arrays, start.prototypes, seconds))
             if stop:
                 raise Interrupted(stop)
@@ -335,7 +325,7 @@ class Run:
                 self.pool, step, variables_of(start.arrays), batches, table, after
             )
 
-        with self.interrupts.held(), Progress(name, total, done, unit="image") as progress:
+        with Progress(name, total, done, unit="image") as progress:
             patches = run(
                 patch_search.make_search_step(inference, classes, k=k, within_class=within_class),
                 table,
@@ -365,7 +355,7 @@ class Run:
 
     def projection_phase(self, phase: Phase, start: Checkpoint) -> Checkpoint:
         """Replace prototypes by their nearest patches; drop duplicates."""
-        clock = time.monotonic()
+        clock = _started(start, phase.name)
         patches = self.search(start, k=1, within_class=True)
         result = project(patches, self.classes_of(start.prototypes))
         arrays, prototypes = _keep(start, result.keep)
@@ -380,12 +370,12 @@ class Run:
             f"projection: {len(start.prototypes)} prototypes became patches, "
             f"{len(start.prototypes) - len(prototypes)} duplicates dropped"
         )
-        seconds = start.seconds * (start.phase == phase.name) + time.monotonic() - clock
+        seconds = time.monotonic() - clock
         return Checkpoint(phase.name, 1, True, arrays, prototypes, seconds)
 
     def pruning_phase(self, phase: Phase, start: Checkpoint) -> Checkpoint:
         """Drop prototypes whose nearest patches are not of their class."""
-        clock = time.monotonic()
+        clock = _started(start, phase.name)
         patches = self.search(start, k=NEIGHBOURS, within_class=False)
         keep, saved = prune(patches, self.classes_of(start.prototypes))
         arrays, prototypes = _keep(start, keep)
@@ -395,7 +385,7 @@ class Run:
                 f"{self.data.label_set.names[c]!r}; its best one is kept"
             )
         say(f"pruning: {len(keep)} of {len(start.prototypes)} prototypes stay")
-        seconds = start.seconds * (start.phase == phase.name) + time.monotonic() - clock
+        seconds = time.monotonic() - clock
         return Checkpoint(phase.name, 1, True, arrays, prototypes, seconds)
 
     # -- what a phase leaves behind ------------------------------------------------------------
@@ -487,8 +477,11 @@ class Run:
                 first_batch = sum(
                     p.steps for p in self.phases if p.kind == "train" and p.name in before
                 )
-                state = self._run_phase(phase, state, first_batch)
-                self.workdir.save(state)
+                with self.interrupts.held():
+                    state = self._run_phase(phase, state, first_batch)
+                    self.workdir.save(state)
+                    if stop := self.asked_to_stop():
+                        raise Interrupted(stop)
             self.summarise(phase, state)
         if is_main():
             print(evaluation.stage_table(self.workdir.summary()))
@@ -533,6 +526,11 @@ class Progress:
                 parts += [f"loss {loss:.4f}", f"{rate:.1f} images/s"]
             parts.append(f"{datetime.timedelta(seconds=round(left))} left")
             say(", ".join(parts))
+
+
+def _started(start: Checkpoint, phase: str) -> float:
+    """When a phase began by the monotonic clock, had it run without a break."""
+    return time.monotonic() - (start.seconds if start.phase == phase else 0.0)
 
 
 def _keep(start: Checkpoint, keep: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """The networks: feature sizes, eq. 1, distances and their gradients, the last layer's start."""
 
+import flops
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -17,18 +18,7 @@ from protoseg_jax.models.prototypes import (
 
 
 def make_config(**changes):
-    config = {
-        "backbone": "resnet",
-        "depth": 101,
-        "width": 64,
-        "norm": "frozen_batch",
-        "stride_in": "3x3",
-        "output_stride": 8,
-        "aspp_rates": (6, 12, 18, 24),
-        "head": "prototypes",
-        "features": 64,
-    }
-    return ml_collections.ConfigDict({**config, **changes})
+    return ml_collections.ConfigDict({**flops.config().model.to_dict(), **changes})
 
 
 def shapes(size, **changes):

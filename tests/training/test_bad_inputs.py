@@ -1,13 +1,7 @@
 """Every bad input ends with one line, exit code 2 and nothing half written."""
 
-import sys
-from pathlib import Path
-
+import bad_inputs
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import bad_inputs  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -2,14 +2,9 @@
 
 import random
 import signal
-import sys
-from pathlib import Path
 
+import kill
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import kill  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -7,14 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import kill
 import numpy as np
 import pytest
 import test_step
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import kill  # noqa: E402
-from test_run import make_data  # noqa: E402
+from discs import make_data
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent

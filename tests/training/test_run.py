@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from discs import make_data
 from PIL import Image
 
 from protoseg_jax.devices import DevicePool
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import UserError, full_disk
 from protoseg_jax.interrupts import Interrupted
 from protoseg_jax.models.prototypes import similarity
 from protoseg_jax.training import run as runs
@@ -27,29 +29,7 @@ from protoseg_jax.training.run import Run, variables_of
 from protoseg_jax.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = [(40, 56), (64, 48), (50, 50)]
 PHASES = ["warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned"]
-
-
-def make_data(root):
-    """Bright discs, dark bars, grey ground; no split lists; some void."""
-    rng = np.random.default_rng(0)
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
-    (root / "classes.txt").write_text("ground\ndisc\nbar\n")
-    for n in range(10):
-        h, w = SIZES[n % 3]
-        y, x = np.mgrid[:h, :w]
-        mask = np.zeros((h, w), np.uint8)
-        mask[(y - h / 3) ** 2 + (x - w / 3) ** 2 < 120] = 1
-        mask[h // 2 + 6 : h // 2 + 16] = 2
-        mask[:2] = 255
-        colours = np.array([[120, 120, 120], [230, 220, 40], [20, 30, 60]])
-        image = colours[np.where(mask == 255, 0, mask)] + rng.normal(0, 12, (h, w, 3))
-        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(
-            root / "images" / f"im{n}.png"
-        )
-        Image.fromarray(mask).save(root / "masks" / f"im{n}.png")
 
 
 def make_config(root):
@@ -288,6 +268,18 @@ def test_training_that_is_interrupted_saves_first(finished, tmp_path):
     assert same_params(whole.arrays["params"], expected)
 
 
+def test_a_signal_in_the_last_step_of_a_phase_saves_the_whole_phase(finished, tmp_path):
+    config = finished.config.copy_and_resolve_references()
+    config.phases.warmup.steps = 1
+    run = Run(config, Workdir(tmp_path / "spare"), one_device())
+    run.workdir.start(config, {})
+    run.interrupts.pending = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        run.go()
+    run.workdir.wait()
+    assert run.workdir.newest(PHASES).name == "warmup"
+
+
 def damage(folder, how):
     """Cut off or change the largest file of a checkpoint, or remove it."""
     largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -327,6 +319,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_
     assert scores == [{**e, "seconds": 0} for e in finished.workdir.summary()]
     if how != "gone":
         assert (root / "checkpoints" / "damaged" / "finetune_pruned").is_dir()
+
+
+def test_a_disk_without_room_for_a_checkpoint_keeps_the_one_before(finished, tmp_path, monkeypatch):
+    workdir = Workdir(tmp_path / "work")
+    workdir.start(finished.config, {})
+    checkpoint = finished.workdir.restore("warmup")
+    workdir.save(checkpoint)
+    workdir.wait()
+    before = sorted(workdir.checkpoints.rglob("*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    workdir.save(dataclasses.replace(checkpoint, phase="joint"))
+    with pytest.raises(OSError, match="disk full") as error:
+        workdir.wait()
+    assert full_disk(error.value)
+    assert sorted(workdir.checkpoints.rglob("*")) == before
+    assert workdir.newest(PHASES).phase == "warmup"
 
 
 def test_two_trainers_on_one_folder_are_refused(finished, tmp_path):

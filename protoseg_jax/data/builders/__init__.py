@@ -2,6 +2,8 @@
 
 import os
 
+import ml_collections
+
 from protoseg_jax.data.builders.base import SegmentationData
 from protoseg_jax.data.builders.camvid import CamVid
 from protoseg_jax.data.builders.folder import Folder
@@ -9,6 +11,21 @@ from protoseg_jax.data.label_sets import VOID
 from protoseg_jax.errors import UserError
 
 _NAMES = ("parts", "camvid", "folder")
+
+
+def from_config(config: ml_collections.ConfigDict) -> SegmentationData:
+    """The data set of a run's config.
+
+    Raises:
+      UserError: see `load`.
+    """
+    return load(
+        config.data.name,
+        data_dir=config.data.dir,
+        cache_dir=config.data.cache,
+        seed=config.seed,
+        void=config.data.get("void"),
+    )
 
 
 def load(
