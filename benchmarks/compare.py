@@ -105,15 +105,12 @@ def main() -> None:
             if (place / "summary.json").exists():
                 summaries[name].append(json.loads((place / "summary.json").read_text()))
 
-    command = shlex.join(["python", "benchmarks/compare.py", *_told(sys.argv[1:])])
+    told = [f"--config={arguments.config}", f"--seeds={arguments.seeds}"]
+    told += [f"--vary={x}" for x in arguments.vary] + [f"--set={x}" for x in arguments.set]
+    command = shlex.join(["python", "benchmarks/compare.py", *told])
     lines = [f"# {arguments.title}", "", f"`{command}`, {machine.describe()}", ""]
     lines += [*table(summaries), "", "Validation scores; mean ± sample deviation over the seeds."]
     machine.report(lines, arguments.out)
-
-
-def _told(argv: list[str]) -> list[str]:
-    """The arguments without those that only say where to write."""
-    return [a for a in argv if a != "--only-table" and not a.startswith(("--out", "--runs"))]
 
 
 if __name__ == "__main__":

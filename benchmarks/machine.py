@@ -35,8 +35,8 @@ def report(lines: list[str], out: pathlib.Path | None) -> None:
 def describe() -> str:
     """Date, processor and cores, accelerator if there is one, and versions: one sentence each."""
     devices = jax.local_devices()
-    accelerator = "" if devices[0].platform == "cpu" else f" {len(devices)} × "
-    accelerator += "" if not accelerator else f"{devices[0].device_kind}."
+    on_cpu = devices[0].platform == "cpu"
+    accelerator = "" if on_cpu else f" {len(devices)} × {devices[0].device_kind}."
     return (
         f"{datetime.date.today()}. CPU: {cpu()}, {cores()} cores.{accelerator} "
         f"JAX {jax.__version__}, Python {platform.python_version()}."
