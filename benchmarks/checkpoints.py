@@ -3,10 +3,11 @@
     python benchmarks/checkpoints.py [--out=FILE.md]
 
 The joint phase's state (parameters, Adam's moments) of `configs/demo.py`'s network and of the
-published ResNet-101.
+published ResNet-101; and the demo's seconds a joint step with and without checkpoints.
 """
 
 import argparse
+import json
 import pathlib
 import statistics
 import sys
@@ -26,9 +27,11 @@ from configs import demo  # noqa: E402
 from protoseg_jax import inference as inferences  # noqa: E402
 from protoseg_jax.devices import DevicePool  # noqa: E402
 from protoseg_jax.training import step as steps  # noqa: E402
+from protoseg_jax.training.run import Run  # noqa: E402
 from protoseg_jax.workdir import Checkpoint, Workdir  # noqa: E402
 
 REPEATS = 5
+STEPS, WARM, EVERY = 60, 10, 10  # joint steps, those left out, steps between two checkpoints
 
 
 def network(name: str) -> inferences.Inference:
@@ -65,6 +68,22 @@ def measure(name: str) -> tuple[float, float, float]:
     return statistics.median(blocked), statistics.median(whole), size / 1e6
 
 
+def step_seconds(every: int) -> float:
+    """Mean seconds a joint step of the demo, with a checkpoint each `every` steps (0: none)."""
+    config = demo.get_config()
+    config.phases.joint.steps = WARM + STEPS
+    config.update({"log_every": 1, "eval_every": 0, "checkpoint_every": every})
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(config, Workdir(folder), DevicePool(jax.local_devices()[:1]))
+        run.workdir.start(config, {})
+        joint = next(phase for phase in run.phases if phase.name == "joint")
+        run.train_phase(joint, run.initial(), 0)
+        run.workdir.wait()
+        lines = (run.workdir.path / "metrics.jsonl").read_text().splitlines()
+        times = [json.loads(line)["time"] for line in lines]
+    return (times[-1] - times[WARM - 1]) / STEPS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path)
@@ -81,6 +100,15 @@ def main() -> None:
         blocked, whole, size = measure(name)
         lines.append(f"| {name} | {blocked * 1e3:.0f} ms | {whole:.2f} s | {size:.0f} MB |")
     lines += ["", f"Joint phase: parameters and both moments. Medians of {REPEATS}."]
+    pairs = [(step_seconds(0), step_seconds(EVERY)) for _ in range(REPEATS)]
+    without, with_ = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
+    lines += [
+        "",
+        f"A joint step of the demo takes {without:.0f} ms without checkpoints and {with_:.0f} ms "
+        f"with one every {EVERY} steps (the demo's own: every "
+        f"{demo.get_config().checkpoint_every}); means over {STEPS} steps, medians of {REPEATS} "
+        "alternating runs.",
+    ]
     machine.report(lines, arguments.out)
 
 

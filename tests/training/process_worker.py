@@ -1,4 +1,6 @@
-"""One of several processes: the first gradients of test_step's batch, to an .npz by the first.
+"""One of several processes: test_step's first gradients, and the parameters after its SGD steps.
+
+The first process writes them to an .npz.
 
 JAX_COORDINATOR_ADDRESS=… JAX_NUM_PROCESSES=… JAX_PROCESS_ID=… python process_worker.py OUT
 """
@@ -6,6 +8,7 @@ JAX_COORDINATOR_ADDRESS=… JAX_NUM_PROCESSES=… JAX_PROCESS_ID=… python proc
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
@@ -19,6 +22,11 @@ if __name__ == "__main__":
     pool = devices.DevicePool()
     part = {k: v[pool.process :: pool.processes] for k, v in test_step.make_batch().items()}
     state, metrics = test_step.run_on(pool, "joint", batch=part)
+    learnt = {
+        f"sgd{jax.tree_util.keystr(path)}": x
+        for path, x in jax.tree_util.tree_leaves_with_path(test_step.sgd_on(pool, part))
+    }
     if devices.is_main():
-        np.savez(sys.argv[1], *test_step.first_gradient(state), loss=metrics["loss"])
+        gradient = {f"gradient_{n}": x for n, x in enumerate(test_step.first_gradient(state))}
+        np.savez(sys.argv[1], loss=metrics["loss"], **gradient, **learnt)
     devices.barrier("done")

@@ -1,7 +1,10 @@
 """Runs killed at random moments end bit-identical; SIGTERM and Ctrl-C save first."""
 
 import random
+import shutil
 import signal
+import subprocess
+import time
 
 import kill
 import pytest
@@ -28,3 +31,30 @@ def test_asked_to_stop(reference, signum):
     number = 100 + signum
     got, _ = kill.trial(scratch, number, took, random.Random(number), signum)
     assert kill.differences(got, expected) == []
+
+
+@pytest.mark.parametrize("gone", ["data", "cache"])
+def test_a_folder_that_disappears_in_the_middle_of_an_epoch(reference, tmp_path, gone):
+    """Runs read their prepared copy alone; without that they end with one line, and go on later."""
+    scratch, expected, _ = reference
+    shutil.copytree(scratch / "data", tmp_path / "data")
+    line = kill.command(tmp_path / "data", tmp_path / "cache", tmp_path / "work")
+    running = subprocess.Popen(
+        line, env=kill.environment(scratch), stderr=subprocess.PIPE, text=True
+    )
+    metrics, deadline = tmp_path / "work" / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and '"joint"' in metrics.read_text()):
+        assert running.poll() is None and time.monotonic() < deadline, running.communicate()
+        time.sleep(0.01)
+    shutil.move(tmp_path / gone, tmp_path / "aside")
+    _, errors = running.communicate(timeout=240)
+    if gone == "cache":
+        assert running.returncode == 2
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith(f"error: prepared data {tmp_path / 'cache'}")
+        assert last.endswith("start the same command again to have it prepared again")
+        assert "Traceback" not in errors
+        subprocess.run(line, env=kill.environment(scratch), check=True, capture_output=True)
+    else:
+        assert running.returncode == 0, errors
+    assert kill.differences(kill.results(tmp_path / "work"), expected) == []

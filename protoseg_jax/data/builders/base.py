@@ -138,10 +138,20 @@ class Source:
     """Random access to a prepared split; picklable, and safe to read from several threads."""
 
     def __init__(self, data_dir: str | os.PathLike, split: str):
-        """`data_dir` is the prepared folder, with its version."""
+        """`data_dir` is the prepared folder, with its version.
+
+        Raises:
+          UserError: it is not there (any more).
+        """
         self._data_dir, self._split = os.fspath(data_dir), split
         # Opened from the prepared folder, so that what a worker process needs is this path alone.
-        builder = tfds.builder_from_directory(self._data_dir)
+        try:
+            builder = tfds.builder_from_directory(self._data_dir)
+        except OSError as error:
+            raise UserError(
+                f"prepared data {self._data_dir} cannot be read ({_reason(error)}); start the same "
+                "command again to have it prepared again"
+            ) from error
         stored = [name for name in _PIXEL_FEATURES if name in builder.info.features]
         # Decoded here, not by TFDS: a bad record then has a name.
         self._records = builder.as_data_source(
@@ -226,6 +236,10 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
     """What a fingerprint keeps of a file: path, size in bytes, time of change in ns."""
     status = path.stat()
     return os.fspath(path), status.st_size, status.st_mtime_ns
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error).splitlines()[0]
 
 
 def encode_png(array: UInt8[np.ndarray, "h w *c"]) -> bytes:
