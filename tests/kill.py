@@ -135,8 +135,8 @@ def trial(
         except subprocess.TimeoutExpired:
             process.send_signal(signum)
             _, errors = process.communicate()
-            expected = {-signum} if signum == signal.SIGKILL else {0, -signum, 128 + signum}
-            if process.returncode not in expected:
+            # 0: it ended just before the signal.
+            if process.returncode not in (0, -signum, 128 + signum):
                 raise RuntimeError(errors.decode()) from None
             if process.returncode:
                 struck.append(_place(errors.decode()))
