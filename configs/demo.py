@@ -35,6 +35,8 @@ def get_config() -> ConfigDict:
     c.model.prototypes_per_class = 8
     c.model.preprocessing = "imagenet"
 
+    c.pretrained = ConfigDict({"path": config_dict.placeholder(str)})
+
     c.loss = ConfigDict({"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"})
 
     # A high rate on the ASPP would saturate the sigmoid before the features have learnt anything.

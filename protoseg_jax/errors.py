@@ -5,6 +5,7 @@ something; 143/130 saved after SIGTERM/Ctrl-C; 1 a bug, with its traceback.
 """
 
 import errno
+import functools
 import sys
 from collections.abc import Callable, Sequence
 
@@ -53,7 +54,7 @@ def require_config_file(argv: Sequence[str], flag: str = "config") -> None:
                 )
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     if any(a in ("--help", "-h", "-help", "--helpfull", "-helpfull") for a in argv[1:]):
         return app.parse_flags_with_usage(list(argv))
     try:
@@ -64,18 +65,26 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     # A bad value surfaces as flags.Error, a misspelt config key as AttributeError or KeyError.
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
         exit_with(f"command line: {_one_line(error)}")
-    if len(rest) > 1:
-        exit_with(f"command line: unexpected argument {rest[1]!r}; flags are written --name=value")
+    if len(rest) - 1 > len(arguments):
+        unexpected = rest[1 + len(arguments)]
+        exit_with(f"command line: unexpected argument {unexpected!r}; flags are --name=value")
+    if len(rest) - 1 < len(arguments):
+        exit_with(f"command line: {' '.join(arguments[len(rest) - 1 :])} missing")
     return rest
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parse absl flags, run `main`; a `UserError` or bad flag ends with one line and code 2."""
+def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
+    """Parse absl flags, run `main`; a `UserError` or bad flag ends with one line and code 2.
 
-    def guarded(_: Sequence[str]) -> None:
+    Args:
+      main: called with the arguments that are no flags.
+      arguments: their names.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell every step they take
         try:
-            main()
+            main(*argv[1:])
         except UserError as error:
             exit_with(_one_line(error))
         except Interrupted as error:
@@ -90,4 +99,4 @@ def run(main: Callable[[], None]) -> None:
                 "command again, it goes on from the last checkpoint"
             )
 
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=functools.partial(_parse_flags, arguments=arguments))

@@ -57,6 +57,16 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
         [],
         "is 9×9",
     ),
+    "a weights file that is missing": (
+        lambda d: None,
+        ["--config.pretrained.path=/nowhere/resnet101.pth"],
+        "weights file /nowhere/resnet101.pth does not exist",
+    ),
+    "a weights file that is not one": (
+        lambda d: None,
+        [f"--config.pretrained.path={ROOT / 'README.md'}"],
+        "is of an unknown kind",
+    ),
     "a mask value outside the classes": (
         lambda d: _mask(d, np.full((40, 56), 77)),
         [],

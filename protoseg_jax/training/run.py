@@ -3,6 +3,7 @@
 `train` is what train.py calls. Everything a run leaves behind is in its `Workdir`.
 """
 
+import dataclasses
 import datetime
 import math
 import subprocess
@@ -37,6 +38,7 @@ from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.explain import figures
 from protoseg_jax.interrupts import Interrupted, Interrupts
+from protoseg_jax.models import port_torch
 from protoseg_jax.models.prototypes import equal_blocks, similarity
 from protoseg_jax.prototypes import patch_search
 from protoseg_jax.prototypes.projection import project
@@ -144,12 +146,26 @@ class Run:
         return on_any_process(self.interrupts.pending)
 
     def initial(self) -> Checkpoint:
-        """The run before its first phase: random weights, prototypes in [0, 1)^D."""
+        """The run before its first phase: random weights, prototypes in [0, 1)^D; on top of them
+        the weights of `pretrained.path`.
+
+        Raises:
+          UserError: those weights are not this config's network's.
+        """
+        path = self.config.pretrained.path
+        if path:
+            return self.with_weights(port_torch.load(path), path)
+        if self.config.model.norm == "frozen_batch":
+            say(
+                "warning: model.norm is 'frozen_batch' without pretrained.path: its BatchNorms are "
+                "the identity and stay so; set --config.pretrained.path to ImageNet weights"
+            )
         count = 0 if self.black_box else self.num_classes * self.config.model.prototypes_per_class
-        prototypes = [
-            {"index": j, "class": int(c)}
-            for j, c in enumerate(equal_blocks(count, self.num_classes))
-        ]
+        return self.random(equal_blocks(count, self.num_classes))
+
+    def random(self, prototype_classes: np.ndarray) -> Checkpoint:
+        """Random weights for prototypes of these classes [M]."""
+        prototypes = [{"index": j, "class": int(c)} for j, c in enumerate(prototype_classes)]
         inference = self.inference(prototypes)
         images = jnp.zeros((1, *self.config.crop_size, 3), jnp.uint8)
         variables = jax.jit(
@@ -160,6 +176,31 @@ class Run:
             "frozen": jax.device_get(dict(variables).get("frozen", {})),
         }
         return Checkpoint("", 0, True, arrays, prototypes)
+
+    def with_weights(self, ported: port_torch.Ported, path: str) -> Checkpoint:
+        """Random weights, with ported ones in their place.
+
+        Raises:
+          UserError: the weights are not this config's network's.
+        """
+        model = self.config.model
+        if ported.prototype_classes is not None and self.black_box:
+            raise UserError(f"weights {path} are a ProtoSeg; model.head='linear' has no prototypes")
+        count = 0 if self.black_box else self.num_classes * model.prototypes_per_class
+        classes = ported.prototype_classes
+        start = self.random(equal_blocks(count, self.num_classes) if classes is None else classes)
+        for collection in ("params", "frozen"):
+            ours, theirs = start.arrays[collection], getattr(ported, collection)
+            for group, tree in theirs.items():
+                if _shapes(ours.get(group, {})) != _shapes(tree):
+                    raise UserError(
+                        f"the {group} of weights {path} ({ported.origin} ResNet-{ported.depth}) "
+                        f"does not fit model.depth={model.depth}, model.width={model.width}, "
+                        f"model.norm={model.norm!r}, model.features={model.features} and "
+                        f"{self.num_classes} classes; use the config of that network"
+                    )
+                ours[group] = tree
+        return start
 
     def score(self, checkpoint: Checkpoint, split: str, *, overlap: bool = True) -> dict[str, Any]:
         """Scores of a checkpoint on a split."""
@@ -528,6 +569,10 @@ class Progress:
             say(", ".join(parts))
 
 
+def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {"/".join(k): x.shape for k, x in flax.traverse_util.flatten_dict(tree).items()}
+
+
 def _started(start: Checkpoint, phase: str) -> float:
     """When a phase began by the monotonic clock, had it run without a break."""
     return time.monotonic() - (start.seconds if start.phase == phase else 0.0)
@@ -578,6 +623,55 @@ def manifest(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
+def settle(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
+    """Replace "auto" in `model.stride_in` and `model.preprocessing`, in place.
+
+    They follow the weights (METHOD): those of `pretrained.path`; without weights torchvision's. A
+    run that goes on keeps what it was started with.
+    """
+    keys = [k for k in ("stride_in", "preprocessing") if config.model[k] == "auto"]
+    if not keys:
+        return
+    if (workdir.path / "config.json").is_file():
+        settled = workdir.config().model
+    else:
+        path = config.pretrained.path
+        settled = port_torch.ORIGINS[port_torch.load(path).origin if path else "torchvision"]
+    for key in keys:
+        config.model[key] = getattr(settled, key)
+
+
+def write_ported(
+    config: ml_collections.ConfigDict, ported: port_torch.Ported, workdir: str
+) -> None:
+    """Write a trained ProtoSeg's weights as a run whose joint phase is finished.
+
+    Raises:
+      UserError: the weights are no ProtoSeg or do not fit the config, or the folder is in use.
+    """
+    if ported.prototype_classes is None:
+        raise UserError(
+            f"only a trained ProtoSeg makes a run's folder, not a {ported.origin} ResNet; write an "
+            ".npz and set --config.pretrained.path to it"
+        )
+    origin = port_torch.ORIGINS[ported.origin]
+    for key in ("stride_in", "preprocessing"):
+        if config.model[key] == "auto":
+            config.model[key] = getattr(origin, key)
+    config.phases.warmup.steps = 0
+    folder = Workdir(workdir)
+    if (folder.path / "config.json").exists():
+        raise UserError(f"{workdir} holds a run already; name another folder")
+    run = Run(config, folder)
+    start = run.with_weights(ported, "given")
+    folder.start(config, manifest(config))
+    try:
+        folder.save(dataclasses.replace(start, phase="joint", step=config.phases.joint.steps))
+        folder.wait()
+    finally:
+        folder.release()
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Run, or go on with, the experiment of a config in a folder.
 
@@ -586,6 +680,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     folder = Workdir(workdir)
     try:
+        settle(config, folder)
         run = Run(config, folder)
         with run.interrupts:
             run.check()

@@ -1,27 +1,30 @@
 """The whole network against a PyTorch counterpart, written here from the method."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import weights
 
-from protoseg_jax import models
+from protoseg_jax import losses, models
+from protoseg_jax.data.preprocessing import Preprocessing
+from protoseg_jax.devices import DevicePool
+from protoseg_jax.inference import Inference, shrink_labels
+from protoseg_jax.models import port_torch
 from protoseg_jax.models.deeplab import ASPP
 from protoseg_jax.models.layers import convolve, max_pool
-from protoseg_jax.models.resnet import BLOCKS
+from protoseg_jax.training import phases
+from protoseg_jax.training import step as steps
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 pytestmark = pytest.mark.parity
 
-
-def nchw(x):
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
-
-
-def nhwc(x):
-    return np.moveaxis(x.detach().numpy(), 1, -1)
+from torch_counterpart import TorchProtoSeg, nchw, nhwc, torch_aspp, total_loss  # noqa: E402
 
 
 def oihw(kernel):
@@ -55,13 +58,6 @@ def test_convolution(size, k, stride, dilation):
     assert_close(convolve(jnp.array(x), jnp.array(kernel), stride, dilation), nhwc(expected), 1e-5)
 
 
-def torch_aspp(x, params, rates):
-    return sum(
-        F.conv2d(x, params[f"c{i}.weight"], params[f"c{i}.bias"], 1, rate, rate)
-        for i, rate in enumerate(rates)
-    )
-
-
 def test_aspp_and_its_gradients():
     rates = (6, 12, 18, 24)
     rng = np.random.default_rng(0)
@@ -86,131 +82,209 @@ def test_aspp_and_its_gradients():
         assert_close(grads[name]["bias"], biases[f"{name}.bias"].grad)
 
 
-class TorchProtoSeg:
-    """DeepLabv2-ResNet and prototypes in evaluation mode; tensors named as in torchvision."""
-
-    def __init__(self, depth, width, stride_in, rates, num_features, num_prototypes, num_classes):
-        self.depth, self.stride_in, self.rates = depth, stride_in, rates
-        self.rng = np.random.default_rng(0)
-        self.tensors = {}
-        self.add_conv_and_norm("conv1", "bn1", 7, 3, width)
-        channels = width
-        for stage, blocks in enumerate(BLOCKS[depth]):
-            inner = width * 2**stage
-            for block in range(blocks):
-                name = f"layer{stage + 1}.{block}."
-                if block == 0:
-                    names = (name + "downsample.0", name + "downsample.1")
-                    self.add_conv_and_norm(*names, 1, channels, 4 * inner)
-                self.add_conv_and_norm(name + "conv1", name + "bn1", 1, channels, inner)
-                self.add_conv_and_norm(name + "conv2", name + "bn2", 3, inner, inner)
-                self.add_conv_and_norm(name + "conv3", name + "bn3", 1, inner, 4 * inner)
-                channels = 4 * inner
-        for i in range(len(rates)):
-            self.add(f"c{i}.weight", self.rng.normal(0, 0.05, (num_features, channels, 3, 3)))
-            self.add(f"c{i}.bias", self.rng.normal(size=num_features))
-        self.add("prototype_vectors", self.rng.uniform(size=(num_prototypes, num_features, 1, 1)))
-        self.add("last_layer.weight", self.rng.normal(size=(num_classes, num_prototypes)))
-
-    def add(self, name, values):
-        self.tensors[name] = torch.tensor(np.asarray(values, np.float32))
-
-    def add_conv_and_norm(self, conv, norm, k, i, o):
-        rng = self.rng
-        self.add(conv + ".weight", rng.normal(0, np.sqrt(1 / (k * k * i)), (o, i, k, k)))
-        self.add(norm + ".weight", rng.uniform(0.5, 1.5, o))
-        self.add(norm + ".bias", rng.normal(0, 0.3, o))
-        self.add(norm + ".running_mean", rng.normal(0, 0.3, o))
-        self.add(norm + ".running_var", rng.uniform(0.5, 2, o))
-
-    def conv(self, x, conv, norm, stride=1, dilation=1):
-        t = self.tensors
-        weight = t[conv + ".weight"]
-        x = F.conv2d(x, weight, None, stride, dilation * (weight.shape[-1] // 2), dilation)
-        statistics = t[norm + ".running_mean"], t[norm + ".running_var"]
-        return F.batch_norm(x, *statistics, t[norm + ".weight"], t[norm + ".bias"], False, 0, 1e-5)
-
-    def __call__(self, x):
-        """Images → (features, squared distances, logits)."""
-        x = F.max_pool2d(F.relu(self.conv(x, "conv1", "bn1", 2)), 3, 2, 1, ceil_mode=True)
-        for stage, blocks in enumerate(BLOCKS[self.depth]):
-            for block in range(blocks):
-                name = f"layer{stage + 1}.{block}."
-                stride = 2 if (stage, block) == (1, 0) else 1
-                first, second = (stride, 1) if self.stride_in == "1x1" else (1, stride)
-                shortcut = x
-                if block == 0:
-                    names = (name + "downsample.0", name + "downsample.1")
-                    shortcut = self.conv(x, *names, stride)
-                x = F.relu(self.conv(x, name + "conv1", name + "bn1", first))
-                dilation = (1, 1, 2, 4)[stage]
-                x = F.relu(self.conv(x, name + "conv2", name + "bn2", second, dilation))
-                x = F.relu(self.conv(x, name + "conv3", name + "bn3") + shortcut)
-        z = torch.sigmoid(torch_aspp(x, self.tensors, self.rates))
-        p = self.tensors["prototype_vectors"][:, :, 0, 0]
-        points = z.permute(0, 2, 3, 1)
-        d2 = (points[..., None, :] - p).square().sum(-1)
-        logits = torch.log((d2 + 1) / (d2 + 1e-4)) @ self.tensors["last_layer.weight"].T
-        return points, d2, logits
-
-    def variables(self):
-        """The same weights in our names, layouts and frozen affine maps."""
-        params, frozen = {"aspp": {}, "backbone": {}}, {"backbone": {}}
-        t = {name: tensor.numpy() for name, tensor in self.tensors.items()}
-
-        def place(tree, path, leaf):
-            for key in path[:-1]:
-                tree = tree.setdefault(key, {})
-            tree[path[-1]] = leaf
-
-        for name in t:
-            module, _, kind = name.rpartition(".")
-            ours = module.replace("downsample.0", "downsample_conv")
-            ours = ours.replace("downsample.1", "downsample_norm").replace("bn", "norm")
-            path = ours.replace(".", "_", 1).split(".") if ours.startswith("layer") else [ours]
-            if kind == "running_var":
-                scale = t[module + ".weight"] / np.sqrt(t[name] + 1e-5)
-                bias = t[module + ".bias"] - t[module + ".running_mean"] * scale
-                place(frozen["backbone"], path, {"scale": scale, "bias": bias})
-            elif module in [f"c{i}" for i in range(len(self.rates))]:
-                leaf = t[name] if kind == "bias" else np.transpose(t[name], (2, 3, 1, 0))
-                place(params["aspp"], [module, "bias" if kind == "bias" else "kernel"], leaf)
-            elif t[name].ndim == 4 and module:
-                kernel = np.transpose(t[name], (2, 3, 1, 0))
-                place(params["backbone"], [*path, "kernel"], kernel)
-        params["prototypes"] = {"vectors": t["prototype_vectors"][:, :, 0, 0]}
-        params["head"] = {"kernel": t["last_layer.weight"].T}
-        return {"params": params, "frozen": frozen}
+C, K, D = 4, 3, 16
+CLASSES = np.arange(C).repeat(K)
 
 
-@pytest.mark.parametrize("stride_in", ["3x3", "1x1"])
-@pytest.mark.parametrize("size", [(97, 80), (64, 105)])
-def test_whole_network(stride_in, size):
+def network(depth, width, stride_in, rates):
+    """(our model, its variables, the counterpart) over the same weights."""
+    state_dict = weights.protoseg(depth, width, rates, D, CLASSES, C)
+    ported = port_torch.port(state_dict, "made")
+    assert (ported.origin, ported.depth) == ("protoseg", depth)
+    np.testing.assert_array_equal(ported.prototype_classes, CLASSES)
     config = ml_collections.ConfigDict(
         {
             "backbone": "resnet",
-            "depth": 26,
-            "width": 16,
+            "depth": depth,
+            "width": width,
             "norm": "frozen_batch",
             "stride_in": stride_in,
             "output_stride": 8,
-            "aspp_rates": (2, 4, 6, 24),
+            "aspp_rates": rates,
             "head": "prototypes",
-            "features": 16,
+            "features": D,
         }
     )
-    counterpart = TorchProtoSeg(26, 16, stride_in, (2, 4, 6, 24), 16, 12, 4)
-    model = models.build(config, num_classes=4, num_prototypes=12, dtype=jnp.float32)
-    variables = counterpart.variables()
-    images = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    jax.tree.map(
-        lambda ours, theirs: np.testing.assert_equal(ours.shape, theirs.shape), shapes, variables
-    )
+    model = models.build(config, num_classes=C, num_prototypes=len(CLASSES), dtype=jnp.float32)
+    variables = {"params": ported.params, "frozen": ported.frozen}
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 65, 65, 3), np.float32))
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), shapes, variables)
+    return model, variables, TorchProtoSeg(state_dict, depth, stride_in, rates)
 
+
+@pytest.mark.parametrize("stride_in", ["3x3", "1x1"])
+@pytest.mark.parametrize(
+    ("depth", "width", "rates", "size"),
+    [
+        (26, 16, (2, 4, 6, 24), (97, 80)),
+        (26, 16, (2, 4, 6, 24), (64, 105)),
+        (101, 64, (6, 12, 18, 24), (321, 321)),
+        (101, 64, (6, 12, 18, 24), (200, 512)),
+        pytest.param(101, 64, (6, 12, 18, 24), (513, 513), marks=pytest.mark.slow),
+        pytest.param(101, 64, (6, 12, 18, 24), (1024, 2048), marks=pytest.mark.slow),
+    ],
+    ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x),
+)
+def test_whole_network(stride_in, depth, width, rates, size):
+    if size == (1024, 2048) and stride_in == "3x3":
+        pytest.skip("the full size is compared once, in the Caffe style")
+    model, variables, counterpart = network(depth, width, stride_in, rates)
+    batch = 2 if depth == 26 else 1
+    images = np.random.default_rng(1).normal(size=(batch, *size, 3)).astype(np.float32)
     output = jax.jit(model.apply)(variables, images)
-    features, distances, logits = counterpart(nchw(images))
+    with torch.no_grad():
+        features, distances, logits = counterpart(nchw(images))
     assert features.std() > 0.05, "the features hardly vary: the comparison says nothing"
     assert_close(output.features, features)
     assert_close(output.distances, distances)
     assert_close(output.logits, logits)
+
+
+@pytest.mark.parametrize("size", [(321, 321), (128, 224)], ids=str)
+def test_torchvision_s_own_resnet(size, tmp_path):
+    """Its architecture, our dilation and ceil-mode pooling, its state dict through a .pth file."""
+    theirs = torchvision_models().resnet101(weights=None).eval()
+    theirs.maxpool.ceil_mode = True
+    for stage, dilation in ((theirs.layer3, 2), (theirs.layer4, 4)):
+        for block in stage:
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+            block.conv2.stride = (1, 1)
+        stage[0].downsample[0].stride = (1, 1)
+    made = weights.backbone("torchvision", 101, 64, np.random.default_rng(0))
+    made = {name: torch.tensor(tensor) for name, tensor in made.items()}
+    theirs.load_state_dict({**theirs.state_dict(), **made})
+    torch.save(theirs.state_dict(), tmp_path / "resnet101.pth")
+    ported = port_torch.load(tmp_path / "resnet101.pth")
+    assert (ported.origin, ported.depth) == ("torchvision", 101)
+    images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
+    ours = models.resnet.ResNet(101, stride_in=port_torch.ORIGINS["torchvision"].stride_in)
+    variables = {"params": ported.params["backbone"], "frozen": ported.frozen["backbone"]}
+    got = jax.jit(ours.apply)(variables, images)
+    with torch.no_grad():
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(nchw(images)))))
+        expected = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x))))
+    assert_close(got, nhwc(expected))
+
+
+def torchvision_models():
+    """torchvision's models, which want no operators: those may not load beside a CPU PyTorch."""
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [n for n in sys.modules if n.startswith("torchvision")]:
+            del sys.modules[name]
+        sys.modules["torchvision._meta_registrations"] = types.ModuleType("none")
+        import torchvision
+    except ImportError:
+        pytest.skip("torchvision is not installed (pip install --no-deps torchvision)")
+    return torchvision.models
+
+
+RATES = {"backbone": 2.5e-5, "aspp": 2.5e-4, "prototypes": 2.5e-4}
+PIXELS = Preprocessing(mean=(120.0, 120.0, 120.0), std=(60.0, 60.0, 60.0))
+
+
+def batches(count):
+    rng = np.random.default_rng(3)
+    for _ in range(count):
+        labels = rng.integers(0, C, (2, 5, 5)).repeat(13, 1).repeat(13, 2)
+        labels[0, :20] = 255
+        images = rng.integers(0, 256, (2, 65, 65, 3)).astype(np.uint8)
+        yield {"image": images, "label": labels.astype(np.uint8)}
+
+
+def group_of(name):
+    """The parameter group of one of the counterpart's tensors; None: not trained."""
+    if name.startswith("aspp."):
+        return "aspp"
+    if name == "prototype_vectors":
+        return "prototypes"
+    return "backbone" if name.endswith(("conv.weight",)) else None
+
+
+def test_gradients_and_ten_steps_of_the_joint_phase():
+    """Coupled L2, poly schedule, per-group rates, against torch.optim.Adam."""
+    model, variables, counterpart = network(26, 16, "1x1", (2, 4, 6, 12))
+    phase = phases.Phase("joint", "train", 30, RATES, "poly")
+    groups = {n: group_of(n) for n in counterpart.tensors}
+    trained = {n: counterpart.tensors[n].requires_grad_() for n, g in groups.items() if g}
+    optimizer = torch.optim.Adam(
+        [
+            {
+                "params": [t for n, t in trained.items() if groups[n] == group],
+                "lr": rate,
+                "weight_decay": 0.0 if group == "prototypes" else 5e-4,
+            }
+            for group, rate in RATES.items()
+        ],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (1 - t / 30) ** 0.9)
+
+    pool = DevicePool(jax.local_devices()[:1])
+    size = (9, 9)
+    inference = Inference(model, PIXELS, (65, 65))
+    step = pool.map(
+        steps.make_step(
+            inference,
+            phase,
+            prototype_classes=CLASSES,
+            num_classes=C,
+            loss_config=ml_collections.ConfigDict(
+                {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"}
+            ),
+            accumulate=1,
+            feature_size=size,
+        )
+    )
+    _, frozen = steps.split(variables["params"], phase)
+    state = pool.replicate(steps.init_state(variables["params"], phase))
+    frozen, constants = pool.replicate((frozen, {"frozen": variables["frozen"]}))
+    for number, batch in enumerate(batches(10)):
+        labels = shrink_labels(jnp.array(batch["label"]), None, size)
+        _, d2, logits = counterpart(nchw(PIXELS.normalise(jnp.array(batch["image"]))))
+        expected = total_loss(d2, logits, torch.tensor(np.array(labels)).long(), CLASSES, 0.25)
+        if number == 0:
+            check_gradients(inference, variables, batch, labels, expected, counterpart.tensors)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        schedule.step()
+        state, metrics = step(state, frozen, constants, pool.shard(batch))
+        assert float(metrics["loss"][0]) == pytest.approx(expected.item(), rel=1e-3)
+    theirs = port_torch.port({n: t.detach().numpy() for n, t in counterpart.tensors.items()}, "")
+    learnt = pool.first(state).trainable
+    for group in RATES:
+        for a, b, start in zip(
+            *map(
+                jax.tree.leaves, (learnt[group], theirs.params[group], variables["params"][group])
+            ),
+            strict=True,
+        ):
+            moved = np.linalg.norm(b - start)
+            assert moved > 0
+            assert np.linalg.norm(a - b) <= 0.02 * moved
+
+
+def check_gradients(inference, variables, batch, labels, expected, tensors):
+    """Of eq. 7, for every trained tensor, to 1e-3; ported like weights."""
+
+    def loss(params):
+        output = inference({**variables, "params": params}, jnp.array(batch["image"]))
+        present = losses.diversity_present(labels, CLASSES, C).sum()
+        diversity = losses.diversity(output.distances, labels, CLASSES, C).sum() / present
+        points = losses.valid_points(labels, C)
+        return losses.cross_entropy_sum(output.logits, labels) / points + 0.25 * diversity
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+    trained = [n for n in tensors if group_of(n)]
+    found = torch.autograd.grad(expected, [tensors[n] for n in trained], retain_graph=True)
+    state_dict = {n: t.detach().numpy() for n, t in tensors.items()}
+    state_dict |= {n: g.numpy() for n, g in zip(trained, found, strict=True)}
+    theirs = port_torch.port(state_dict, "gradients").params
+    for group in RATES:
+        pairs = zip(jax.tree.leaves(grads[group]), jax.tree.leaves(theirs[group]), strict=True)
+        for a, b in pairs:
+            assert 0 < np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)

@@ -16,12 +16,15 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import safetensors.numpy
+import weights
 from discs import make_data
 from PIL import Image
 
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.errors import UserError, full_disk
 from protoseg_jax.interrupts import Interrupted
+from protoseg_jax.models import port_torch
 from protoseg_jax.models.prototypes import similarity
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import scoring
@@ -68,6 +71,7 @@ def make_config(root):
                 "prototypes_per_class": 3,
                 "preprocessing": "imagenet",
             },
+            "pretrained": {"path": None},
             "loss": {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"},
             "phases": {
                 "warmup": {**training, "learning_rates": new},
@@ -335,6 +339,70 @@ def test_a_disk_without_room_for_a_checkpoint_keeps_the_one_before(finished, tmp
     assert full_disk(error.value)
     assert sorted(workdir.checkpoints.rglob("*")) == before
     assert workdir.newest(PHASES).phase == "warmup"
+
+
+@pytest.fixture(scope="module")
+def authors_file(tmp_path_factory):
+    """A trained ProtoSeg as the authors' code would save it, 8 prototypes of 3 classes."""
+    path = tmp_path_factory.mktemp("weights") / "protoseg.safetensors"
+    classes = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    safetensors.numpy.save_file(weights.protoseg(26, 4, (1, 2), 8, classes, 3), path)
+    return path
+
+
+def ported_config(finished):
+    config = finished.config.copy_and_resolve_references()
+    config.batch_size = 8
+    config.model.update({"depth": 26, "width": 4, "norm": "frozen_batch"})
+    config.model.update({"stride_in": "auto", "preprocessing": "auto"})
+    return config
+
+
+def test_a_ported_protoseg_is_a_run(finished, authors_file, tmp_path):
+    """Scored as it is, then projected, fine-tuned and pruned."""
+    config = ported_config(finished)
+    runs.write_ported(config, port_torch.load(authors_file), str(tmp_path / "work"))
+    folder = Workdir(tmp_path / "work")
+    assert folder.config().model.stride_in == "1x1"
+    assert folder.config().model.preprocessing == "imagenet"
+    scores = scoring.score_run(str(folder.path), "validation", None, None)
+    assert scores["phase"] == "joint" and 0 <= scores["miou"] <= 1
+    got, expected = folder.restore("joint"), port_torch.load(authors_file)
+    assert same_params(got.arrays["params"], expected.params)
+    assert [p["class"] for p in got.prototypes] == [0, 0, 0, 1, 1, 2, 2, 2]
+    runs.train(config, str(folder.path))
+    assert [e["phase"] for e in folder.summary()] == PHASES[1:]
+    frozen = folder.restore("finetune_pruned").arrays["frozen"]
+    assert same_params(frozen, expected.frozen)
+    with pytest.raises(UserError, match="holds a run already"):
+        runs.write_ported(config, expected, str(folder.path))
+
+
+def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_path, capsys):
+    config = ported_config(finished)
+    config.pretrained.path = str(authors_file)
+    run = Run(config, Workdir(tmp_path / "work"), one_device())
+    runs.settle(config, run.workdir)
+    assert config.model.stride_in == "1x1"
+    start, expected = run.initial(), port_torch.load(authors_file)
+    assert same_params(start.arrays["params"], expected.params)
+    # A run that goes on keeps what it was started with, and needs the file no more.
+    run.workdir.start(config, {})
+    again = ported_config(finished)
+    again.pretrained.path = "/nowhere.pth"
+    runs.settle(again, run.workdir)
+    run.workdir.start(again, {})
+    run.workdir.release()
+
+    config.model.depth = 14
+    with pytest.raises(UserError, match="backbone of weights .* does not fit model.depth=14"):
+        Run(config, Workdir(tmp_path / "other"), one_device()).initial()
+    config.model.update({"depth": 26, "head": "linear"})
+    with pytest.raises(UserError, match="model.head='linear' has no prototypes"):
+        Run(config, Workdir(tmp_path / "other"), one_device()).initial()
+    config.pretrained.path = None
+    Run(config, Workdir(tmp_path / "other"), one_device()).initial()
+    assert "set --config.pretrained.path" in capsys.readouterr().err
 
 
 def test_two_trainers_on_one_folder_are_refused(finished, tmp_path):

@@ -1,0 +1,142 @@
+"""Ported weights: every tensor accounted for, files of all kinds, and what is refused."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import weights
+
+from protoseg_jax.errors import UserError
+from protoseg_jax.models import port_torch
+
+CLASSES = np.arange(4).repeat(3)
+
+
+def resnet(naming="torchvision", depth=26, width=4):
+    tensors = weights.backbone(naming, depth, width, np.random.default_rng(0))
+    classifier = {"torchvision": "fc.weight", "deeplab": "aspp.c0.weight"}[naming]
+    return {**tensors, classifier: np.zeros((5, 32 * width), np.float32)}
+
+
+def protoseg(classes=CLASSES):
+    return weights.protoseg(26, 4, (1, 2), 6, classes, 4)
+
+
+@pytest.mark.parametrize("naming", ["torchvision", "deeplab"])
+def test_kernels_and_affine_maps(naming):
+    tensors = resnet(naming)
+    ported = port_torch.port(tensors, "made")
+    assert (ported.origin, ported.depth, ported.prototype_classes) == (naming, 26, None)
+    conv, norm = weights.block_names(naming, 2, 1)[1]
+    got = ported.params["backbone"]["layer3_1"]["conv2"]["kernel"]
+    for o, i, y, x in ((0, 0, 0, 0), (3, 5, 1, 2), (15, 2, 2, 0)):
+        assert got[y, x, i, o] == tensors[f"{conv}.weight"][o, i, y, x]
+    affine = ported.frozen["backbone"]["layer3_1"]["norm2"]
+    for n in range(16):
+        gamma, beta, mean, variance = (
+            float(tensors[f"{norm}.{key}"][n])
+            for key in ("weight", "bias", "running_mean", "running_var")
+        )
+        for x in (-2.0, 0.0, 3.0):
+            expected = (x - mean) / (variance + 1e-5) ** 0.5 * gamma + beta
+            assert affine["scale"][n] * x + affine["bias"][n] == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_module_has_its_own_tensor():
+    """No tensor of ours is filled twice or from the wrong place: names agree between origins."""
+    a, b = (port_torch.port(resnet(naming), "made") for naming in ("torchvision", "deeplab"))
+    assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+    jax.tree.map(np.testing.assert_array_equal, (a.params, a.frozen), (b.params, b.frozen))
+    kernels = jax.tree.leaves(a.params)
+    assert len({k.tobytes() for k in kernels}) == len(kernels) == 1 + 4 * 7
+
+
+def test_all_kinds_of_files_hold_the_same(tmp_path):
+    tensors = protoseg()
+    expected = port_torch.port(tensors, "made")
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
+    port_torch.save(expected, tmp_path / "b.npz")
+    for name in ("a.safetensors", "b.npz"):
+        got = port_torch.load(tmp_path / name)
+        assert (got.origin, got.depth) == ("protoseg", 26)
+        np.testing.assert_array_equal(got.prototype_classes, CLASSES)
+        same = (got.params, got.frozen), (expected.params, expected.frozen)
+        jax.tree.map(np.testing.assert_array_equal, *same)
+
+
+@pytest.mark.parity
+def test_pth_files(tmp_path):
+    torch = pytest.importorskip("torch")
+    state_dict = {n: torch.tensor(t) for n, t in resnet().items()}
+    expected = port_torch.port(resnet(), "made")
+    for name, content in (
+        ("plain.pth", state_dict),
+        ("wrapped.pt", {"state_dict": {f"module.{n}": t for n, t in state_dict.items()}}),
+    ):
+        torch.save(content, tmp_path / name)
+        got = port_torch.load(tmp_path / name)
+        jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
+    torch.save(torch.nn.Conv2d(3, 4, 1), tmp_path / "module.pth")
+    with pytest.raises(UserError, match="whole module.*torch.save.model.state_dict"):
+        port_torch.load(tmp_path / "module.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="no state dict"):
+        port_torch.load(tmp_path / "list.pth")
+    content = (tmp_path / "plain.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cut.pth cannot be read"):
+        port_torch.load(tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("layer3.1.bn2.running_var"), "1 missing: layer3.1.bn2.running_var"),
+        (lambda t: t.update({"layer3.9.x": np.zeros(1)}), "3, 3 blocks|2, 2, 3, 2"),
+        (lambda t: t.update({"classifier.weight": np.zeros(1)}), "1 not expected: classifier"),
+        (
+            lambda t: t.update({"layer1.0.conv1.weight": np.zeros((4, 9, 1, 1), np.float32)}),
+            r"layer1.0.conv1.weight .4×9×1×1, not 4×4×1×1.",
+        ),
+        (lambda t: t["bn1.weight"].fill(np.nan), "1 not finite: bn1.weight"),
+        (lambda t: [t.pop(n) for n in list(t) if "conv3" in n], "not supported"),
+        (lambda t: t.clear(), "unknown network"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, words):
+    tensors = resnet()
+    change(tensors)
+    with pytest.raises(UserError, match=words):
+        port_torch.port(tensors, "made.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.pth", None, "does not exist"),
+        ("weights.bin", b"x", "unknown kind"),
+        ("a.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", "unknown network"),
+        ("a.safetensors", b"no weights at all", "cannot be read"),
+        ("a.npz", b"no weights at all", "not one of port_torch's"),
+    ],
+)
+def test_files_that_are_no_weights(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        port_torch.load(tmp_path / name)
+
+
+def test_classes_of_whole_and_pruned_models():
+    kernel = port_torch.port(protoseg(), "made").params["head"]["kernel"]
+    np.testing.assert_array_equal(port_torch.prototype_classes(kernel, ""), CLASSES)
+    pruned = [0, 1, 2, 3, 5, 6, 9]
+    got = port_torch.prototype_classes(kernel[pruned], "")
+    np.testing.assert_array_equal(got, CLASSES[pruned])
+    by_chance = [0, 1, 2, 3, 4, 6, 9, 10]  # 8 = 2 · 4, but not in blocks of two
+    got = port_torch.prototype_classes(kernel[by_chance], "")
+    np.testing.assert_array_equal(got, CLASSES[by_chance])
+    unclear = kernel[pruned].copy()
+    unclear[2] = 0.1
+    with pytest.raises(UserError, match="class of prototype 2 is not clear"):
+        port_torch.prototype_classes(unclear, "made.pth")

@@ -1,0 +1,67 @@
+"""Made-up state dicts, named as torchvision, the PyTorch DeepLabv2 port and the authors do."""
+
+import numpy as np
+
+STAGES = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+def stem_names(naming):
+    """(convolution, BatchNorm) of the stem."""
+    if naming == "torchvision":
+        return "conv1", "bn1"
+    return "layer1.conv1.conv", "layer1.conv1.bn"
+
+
+def block_names(naming, stage, block):
+    """(convolution, BatchNorm) of a block's three convolutions and of its shortcut; from 0."""
+    if naming == "torchvision":
+        name = f"layer{stage + 1}.{block}."
+        inner = [(f"{name}conv{i}", f"{name}bn{i}") for i in (1, 2, 3)]
+        return [*inner, (name + "downsample.0", name + "downsample.1")]
+    name = f"layer{stage + 2}.block{block + 1}."
+    parts = ("reduce", "conv3x3", "increase", "shortcut")
+    return [(f"{name}{part}.conv", f"{name}{part}.bn") for part in parts]
+
+
+def backbone(naming, depth, width, rng):
+    """Tensors of a ResNet with statistics that are not trivial."""
+    tensors = {}
+
+    def add(names, out, into, k):
+        conv, norm = names
+        tensors[f"{conv}.weight"] = rng.normal(0, np.sqrt(1 / (k * k * into)), (out, into, k, k))
+        tensors[f"{norm}.weight"] = rng.uniform(0.5, 1.5, out)
+        tensors[f"{norm}.bias"] = rng.normal(0, 0.3, out)
+        tensors[f"{norm}.running_mean"] = rng.normal(0, 0.3, out)
+        tensors[f"{norm}.running_var"] = rng.uniform(0.5, 2, out)
+        tensors[f"{norm}.num_batches_tracked"] = np.array(7)
+
+    add(stem_names(naming), width, 3, 7)
+    channels = width
+    for stage, blocks in enumerate(STAGES[depth]):
+        inner = width * 2**stage
+        for block in range(blocks):
+            *convs, shortcut = block_names(naming, stage, block)
+            add(convs[0], inner, channels, 1)
+            add(convs[1], inner, inner, 3)
+            add(convs[2], 4 * inner, inner, 1)
+            if block == 0:
+                add(shortcut, 4 * inner, channels, 1)
+            channels = 4 * inner
+    return {n: np.asarray(t, np.float32) for n, t in tensors.items()}
+
+
+def protoseg(depth, width, rates, features, prototype_classes, num_classes, seed=0):
+    """A state dict of the authors' ProtoSeg, with the given class of each prototype."""
+    rng = np.random.default_rng(seed)
+    tensors = backbone("deeplab", depth, width, rng)
+    for i in range(len(rates)):
+        tensors[f"aspp.c{i}.weight"] = rng.normal(0, 0.05, (features, 32 * width, 3, 3))
+        tensors[f"aspp.c{i}.bias"] = rng.normal(size=features)
+    tensors = {f"features.base.{n}": t for n, t in tensors.items()}
+    count = len(prototype_classes)
+    tensors["prototype_vectors"] = rng.uniform(size=(count, features, 1, 1))
+    tensors["ones"] = np.ones((count, features, 1, 1))
+    last = np.where(np.arange(num_classes)[:, None] == prototype_classes, 1.0, -0.5)
+    tensors["last_layer.weight"] = last + rng.normal(0, 0.05, last.shape)
+    return {n: np.asarray(t, np.float32) for n, t in tensors.items()}
