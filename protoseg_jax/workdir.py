@@ -280,6 +280,9 @@ class Workdir:
     def _forget(self, name: str) -> None:
         (self.checkpoints / f"{name}.json").unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
+        # What a killed process left; Orbax would warn of it.
+        for left in self.checkpoints.glob(f"{name}{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def restore(self, name: str) -> Checkpoint:
         """Read a checkpoint by its name (`PHASE` or `PHASE-STEP`).

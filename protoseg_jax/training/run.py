@@ -5,6 +5,7 @@
 
 import dataclasses
 import datetime
+import functools
 import math
 import subprocess
 import sys
@@ -86,8 +87,8 @@ class Run:
         """Refuse what would only show later.
 
         Raises:
-          UserError: the batch does not divide, a size or number is too small, or a class has
-            nothing to learn from.
+          UserError: the batch does not divide, a size or number is too small, a class has nothing
+            to learn from, or a new run's weights are not its network's.
         """
         config = self.config
         self.pool.check_batch(config.batch_size, config.accumulate)
@@ -115,6 +116,8 @@ class Run:
                     f"data set {self.data.name!r}, so there is nothing to learn it from; add "
                     "images of it, or remove it from the classes"
                 )
+        if not (self.workdir.path / "config.json").is_file():
+            self.initial()
 
     def inference(self, prototypes: list[dict[str, Any]]) -> inferences.Inference:
         """The model for these prototypes."""
@@ -145,6 +148,7 @@ class Run:
         """The signal that asked any process to stop, or 0; all must call this at the same place."""
         return on_any_process(self.interrupts.pending)
 
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (a program has one run)
     def initial(self) -> Checkpoint:
         """The run before its first phase: random weights, prototypes in [0, 1)^D; on top of them
         the weights of `pretrained.path`.

@@ -405,6 +405,18 @@ def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_p
     assert "set --config.pretrained.path" in capsys.readouterr().err
 
 
+def test_what_a_killed_write_left_is_no_bother(finished, tmp_path, caplog):
+    workdir = Workdir(tmp_path / "work")
+    workdir.start(finished.config, {})
+    left = workdir.checkpoints / "warmup.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    (left / "half").write_text("written")
+    workdir.save(finished.workdir.restore("warmup"))
+    workdir.wait()
+    assert not left.exists() and not caplog.records
+    assert workdir.newest(PHASES).phase == "warmup"
+
+
 def test_two_trainers_on_one_folder_are_refused(finished, tmp_path):
     first, second = Workdir(tmp_path / "work"), Workdir(tmp_path / "work")
     first.start(finished.config, {})
