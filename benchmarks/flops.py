@@ -48,6 +48,7 @@ def config() -> ml_collections.ConfigDict:
         "head": "prototypes",
         "features": 64,
         "preprocessing": "imagenet",
+        "msc": (),
     }
     loss = {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"}
     return ml_collections.ConfigDict(
@@ -81,7 +82,7 @@ def count(names: Iterable[str] = tuple(PHASES)) -> dict[str, float]:
             num_classes=CLASSES,
             loss_config=config().loss,
             accumulate=1,
-            feature_size=(POINTS, POINTS),
+            feature_sizes=[(POINTS, POINTS)],
         )
         state = jax.eval_shape(
             lambda p, phase=phase: steps.init_state(p, phase), variables["params"]

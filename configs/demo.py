@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     c.model.features = 32
     c.model.prototypes_per_class = 8
     c.model.preprocessing = "imagenet"
+    c.model.msc = ()  # (0.5, 0.75): multi-scale inputs
 
     c.pretrained = ConfigDict({"path": config_dict.placeholder(str)})
 

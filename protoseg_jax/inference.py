@@ -43,6 +43,12 @@ class Inference:
         """Features, squared distances and logits at the feature map's resolution (device)."""
         return self.model.apply(variables, self.preprocessing.normalise(images))
 
+    def outputs(
+        self, variables: Mapping[str, Any], images: UInt8[Array, "b h w 3"]
+    ) -> list[Output]:
+        """What training learns from: with MSC every scale's output and the fused one (device)."""
+        return self.model.apply(variables, self.preprocessing.normalise(images), method="outputs")
+
 
 def from_config(
     config: ml_collections.ConfigDict, num_classes: int, num_prototypes: int

@@ -19,7 +19,8 @@ def build(
 
     Args:
       config: backbone ("resnet"), depth, width, norm, stride_in, output_stride, aspp_rates, head
-        ("prototypes", or "linear": the black-box twin) and features (D).
+        ("prototypes", or "linear": the black-box twin), features (D), and msc, the scales of MSC's
+        smaller copies.
       num_classes: C.
       num_prototypes: M, in all; not used by head "linear".
       dtype: of the backbone's and the ASPP's computation. Parameters, features, distances and
@@ -34,6 +35,9 @@ def build(
     _require("stride_in", config.stride_in, resnet.STRIDE_IN)
     _require("output_stride", config.output_stride, resnet.STRIDES)
     _require("head", config.head, ("prototypes", "linear"))
+    scales = tuple(config.msc)
+    if not all(0 < scale < 1 for scale in scales):
+        raise UserError(f"config.model.msc is {scales}; its scales must lie between 0 and 1")
     backbone = resnet.ResNet(
         depth=config.depth,
         width=config.width,
@@ -44,9 +48,9 @@ def build(
     )
     rates = tuple(config.aspp_rates)
     if config.head == "linear":
-        return BlackBox(backbone, ASPP(num_classes, rates, dtype))
+        return BlackBox(backbone, ASPP(num_classes, rates, dtype), scales=scales)
     aspp = ASPP(config.features, rates, dtype)
-    return ProtoSeg(backbone, aspp, num_prototypes=num_prototypes, num_classes=num_classes)
+    return ProtoSeg(backbone, aspp, num_prototypes, num_classes, scales)
 
 
 def _require(key: str, value: Any, known: Collection) -> None:

@@ -50,6 +50,26 @@ def convolve(
     )
 
 
+def resize(
+    x: Float[Array, "b h w c"], size: tuple[int, int], scale: tuple[float, float]
+) -> Float[Array, "b H W c"]:
+    """Bilinear, half-pixel centres, no antialiasing: y[i] = x at (i + ½) / scale − ½.
+
+    As `torch.nn.functional.interpolate`: with `scale_factor` the step is exactly 1 / scale whatever
+    the size; with `size` the scale is out / in.
+    """
+    return jax.image.scale_and_translate(
+        x,
+        (x.shape[0], *size, x.shape[3]),
+        (1, 2),
+        jnp.array(scale, jnp.float32),
+        jnp.zeros(2),
+        "linear",
+        antialias=False,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
     """3×3 max-pool, stride 2, padding 1, ceil mode, as in the Caffe DeepLab.
 

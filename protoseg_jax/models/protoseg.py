@@ -1,10 +1,18 @@
-"""ProtoSeg: backbone → ASPP → sigmoid → prototypes → last layer; and its black-box twin."""
+"""ProtoSeg: backbone → ASPP → sigmoid → prototypes → last layer; and its black-box twin.
+
+With multi-scale inputs (MSC, as DeepLabv2 on Pascal) the maps before the sigmoid are the
+element-wise maximum over the image and its smaller copies; training also learns from each alone.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from protoseg_jax.models.layers import resize
 from protoseg_jax.models.prototypes import LastLayer, PrototypeLayer, similarity
 
 
@@ -23,51 +31,89 @@ class Output:
     logits: Float[Array, "b h w c"]
 
 
+def pyramid(
+    network: Callable, images: Float[Array, "b H W 3"], scales: Sequence[float]
+) -> list[Float[Array, "b h w d"]]:
+    """Maps of the images, of each smaller copy at its own size, and the maximum of them all.
+
+    Images go down to ⌊size · scale⌋ with a source step of exactly 1 / scale; maps go up to the
+    whole image's map by size (METHOD, from the released code).
+
+    Args:
+      network: images → maps.
+      images: normalised.
+      scales: below 1; without any, the images' own maps are all.
+    """
+    whole = network(images)
+    if not scales:
+        return [whole]
+    copies = [
+        network(resize(images, tuple(int(n * s) for n in images.shape[1:3]), (s, s)))
+        for s in scales
+    ]
+    size = whole.shape[1:3]
+    enlarged = [
+        resize(m, size, tuple(o / n for o, n in zip(size, m.shape[1:3], strict=True)))
+        for m in copies
+    ]
+    return [whole, *copies, functools.reduce(jnp.maximum, enlarged, whole)]
+
+
 class ProtoSeg(nn.Module):
     """The model of section 3.1. Groups of parameters: backbone, aspp, prototypes, head.
 
     `apply` takes any number of prototypes' worth of parameters only if built for that number: a
     pruned model is built anew.
+
+    Attributes:
+      scales: of the smaller copies of an image (MSC); none by default.
     """
 
     backbone: nn.Module
     aspp: nn.Module
     num_prototypes: int
     num_classes: int
+    scales: tuple[float, ...] = ()
 
     def setup(self):
         self.prototypes = PrototypeLayer(self.num_prototypes)
         self.head = LastLayer(self.num_classes)
 
-    def features(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w d"]:
-        """z in (0, 1)^D of normalised images. The sigmoid, of which the paper is silent, is the
-        released code's."""
-        return nn.sigmoid(self.aspp(self.backbone(images)).astype(jnp.float32))
+    def maps(self, images: Float[Array, "b H W 3"]) -> list[Float[Array, "b h w d"]]:
+        """What the ASPP says before the sigmoid; see `pyramid`. Inference uses the last."""
+        return pyramid(lambda x: self.aspp(self.backbone(x)), images, self.scales)
 
     def classify(self, features: Float[Array, "b h w d"]) -> Output:
         """Distances and logits of features."""
         distances = self.prototypes(features)
         return Output(features, distances, self.head(similarity(distances)))
 
+    def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
+        """All that training learns from, each at the size of its own map."""
+        # The sigmoid, of which the paper is silent, is the released code's: z in (0, 1)^D.
+        return [self.classify(nn.sigmoid(m.astype(jnp.float32))) for m in self.maps(images)]
+
     def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
         """Normalised images → features, squared distances and logits."""
-        return self.classify(self.features(images))
+        return self.outputs(images)[-1]
 
 
 class BlackBox(nn.Module):
-    """DeepLabv2 as published: the ASPP gives the logits. Groups of parameters: backbone, aspp."""
+    """DeepLabv2 as published: the ASPP gives the logits. Groups of parameters: backbone, aspp.
+
+    Attributes:
+      scales: as in `ProtoSeg`.
+    """
 
     backbone: nn.Module
     aspp: nn.Module
+    scales: tuple[float, ...] = ()
 
-    def features(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-        """The logits, which are all the features that the black box has."""
-        return self.aspp(self.backbone(images)).astype(jnp.float32)
-
-    def classify(self, features: Float[Array, "b h w c"]) -> Output:
-        """Logits of features: themselves."""
-        return Output(features, None, features)
+    def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
+        """All that training learns from. Logits are all the features that the black box has."""
+        maps = pyramid(lambda x: self.aspp(self.backbone(x)), images, self.scales)
+        return [Output(m, None, m) for m in (m.astype(jnp.float32) for m in maps)]
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
         """Normalised images → logits."""
-        return self.classify(self.features(images))
+        return self.outputs(images)[-1]

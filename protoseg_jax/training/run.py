@@ -98,8 +98,8 @@ class Run:
         for key in ("crop_size", "eval_size"):
             size = tuple(config[key])
             points = (0, 0)
-            if len(size) == 2 and min(size) > 0:
-                points = feature_size(self.inference([{"class": 0}]), size)
+            if len(size) == 2 and min(size) >= 8:
+                points = min(feature_sizes(self.inference([{"class": 0}]), size), key=min)
             if min(points) < 2:
                 raise UserError(
                     f"{key}={size} is too small for the backbone: it leaves fewer than 2×2 points; "
@@ -252,7 +252,7 @@ class Run:
                 num_classes=self.num_classes,
                 loss_config=config.loss,
                 accumulate=config.accumulate,
-                feature_size=feature_size(inference, tuple(config.crop_size)),
+                feature_sizes=feature_sizes(inference, tuple(config.crop_size)),
             ),
             donate_argnums=(0,),
         )
@@ -405,7 +405,7 @@ class Run:
         result = project(patches, self.classes_of(start.prototypes))
         arrays, prototypes = _keep(start, result.keep)
         arrays["params"]["prototypes"] = {"vectors": result.vectors}
-        size = feature_size(self.inference(prototypes), tuple(self.config.eval_size))
+        size = feature_sizes(self.inference(prototypes), tuple(self.config.eval_size))[-1]
         source = self.data.source(self.config.data.projection_split)
         for prototype, place in zip(prototypes, result.sources, strict=True):
             example = source[place["image"]]
@@ -440,7 +440,7 @@ class Run:
         names = self.data.label_set.names
         inference = self.inference(checkpoint.prototypes)
         eval_size = tuple(self.config.eval_size)
-        size = feature_size(inference, eval_size)
+        size = feature_sizes(inference, eval_size)[-1]
         keys = ("index", "class", "class_name", "image_id", "row", "col", "box", "squared_distance")
         entries = [{**p, "class_name": names[p["class"]]} for p in checkpoint.prototypes]
         write_json(
@@ -597,12 +597,14 @@ def variables_of(arrays: dict[str, Any]) -> dict[str, Any]:
     return {"params": arrays["params"], **frozen}
 
 
-def feature_size(inference: inferences.Inference, size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of the feature map of images of a size."""
+def feature_sizes(inference: inferences.Inference, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """(h, w) of the feature map of each of a model's outputs, for images of a size."""
     images = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
     model = inference.model
-    output = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], images)
-    return output.features.shape[1:3]
+    outputs = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, method="outputs")[0], images
+    )
+    return [output.features.shape[1:3] for output in outputs]
 
 
 def _percent(value: float | None) -> str:

@@ -5,7 +5,7 @@ points, (image, class) pairs) depend on labels only: with accumulation they are 
 the whole global batch, then the micro-batches are looped over.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -59,7 +59,7 @@ def make_step(
     num_classes: int,
     loss_config: ml_collections.ConfigDict,
     accumulate: int,
-    feature_size: tuple[int, int],
+    feature_sizes: Sequence[tuple[int, int]],
 ) -> Callable:
     """The train step of a phase, to be mapped by `DevicePool.map`.
 
@@ -72,7 +72,8 @@ def make_step(
         over the (image, class) pairs present in the global batch, as the released code does per
         micro-batch; "all_classes" is eq. 6's 1/C.
       accumulate: micro-batches each device's part of the batch is split into.
-      feature_size: (h, w) of the feature map of a training crop.
+      feature_sizes: (h, w) of the feature map of each of the model's outputs for a training crop.
+        With MSC each output has its own labels and loss, and the losses are averaged (METHOD).
 
     Returns:
       step(state, frozen, constants, batch) → (state, metrics): `frozen` are the other parameter
@@ -96,14 +97,15 @@ def make_step(
 
     def loss(trainable, frozen, constants, images, points, counts):
         params = {**frozen, **trainable}
-        output = inference({"params": params, **constants}, images)
-        terms = {
-            "cross_entropy": losses.cross_entropy_sum(output.logits, points) / counts["points"],
-            "diversity": jnp.zeros(()),
-        }
-        if diversity_weight:
-            similarity = losses.diversity(output.distances, points, prototype_classes, num_classes)
-            terms["diversity"] = similarity.sum() / counts["pairs"]
+        outputs = inference.outputs({"params": params, **constants}, images)
+        terms = {"cross_entropy": jnp.zeros(()), "diversity": jnp.zeros(())}
+        for output, labels, count in zip(outputs, points, counts, strict=True):
+            share = len(outputs) * count["points"]
+            terms["cross_entropy"] += losses.cross_entropy_sum(output.logits, labels) / share
+            if diversity_weight:
+                args = output.distances, labels, prototype_classes, num_classes
+                share = len(outputs) * count["pairs"]
+                terms["diversity"] += losses.diversity(*args).sum() / share
         total = terms["cross_entropy"] + diversity_weight * terms["diversity"]
         return total, terms
 
@@ -111,8 +113,8 @@ def make_step(
         return losses.last_layer_l1(trainable["head"]["kernel"], prototype_classes)
 
     def step(state: TrainState, frozen, constants, batch):
-        points = shrink_labels(batch["label"], None, feature_size)
-        counts = denominators(points)
+        points = [shrink_labels(batch["label"], None, size) for size in feature_sizes]
+        counts = [denominators(labels) for labels in points]
         gradient = jax.value_and_grad(loss, has_aux=True)
 
         def micro_step(images, points):

@@ -86,7 +86,7 @@ C, K, D = 4, 3, 16
 CLASSES = np.arange(C).repeat(K)
 
 
-def network(depth, width, stride_in, rates):
+def network(depth, width, stride_in, rates, msc=()):
     """(our model, its variables, the counterpart) over the same weights."""
     state_dict = weights.protoseg(depth, width, rates, D, CLASSES, C)
     ported = port_torch.port(state_dict, "made")
@@ -103,6 +103,7 @@ def network(depth, width, stride_in, rates):
             "aspp_rates": rates,
             "head": "prototypes",
             "features": D,
+            "msc": msc,
         }
     )
     model = models.build(config, num_classes=C, num_prototypes=len(CLASSES), dtype=jnp.float32)
@@ -138,6 +139,36 @@ def test_whole_network(stride_in, depth, width, rates, size):
     assert_close(output.features, features)
     assert_close(output.distances, distances)
     assert_close(output.logits, logits)
+
+
+@pytest.mark.parametrize("size", [(97, 80), (64, 105), (321, 321)], ids=str)
+def test_multi_scale_maps(size):
+    """MSC: every scale's own output, and the maximum of the maps before the sigmoid."""
+    depth, width = (101, 64) if size == (321, 321) else (26, 16)
+    rates, scales = (2, 4, 6, 24), (0.5, 0.75)
+    model, variables, counterpart = network(depth, width, "1x1", rates, scales)
+    images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
+    with torch.no_grad():
+        x = nchw(images)
+        maps = [counterpart.maps(x)]
+        for scale in scales:
+            options = {"mode": "bilinear", "align_corners": False}
+            smaller = F.interpolate(
+                x, scale_factor=scale, recompute_scale_factor=False, antialias=False, **options
+            )
+            maps.append(counterpart.maps(smaller))
+        same = [F.interpolate(m, size=maps[0].shape[2:], **options) for m in maps]
+        maps.append(torch.stack(same).amax(0))
+        won = [(maps[-1] == m).float().mean().item() for m in same]
+        expected = [counterpart.classify(m) for m in maps]
+    assert min(won) > 0.05, "a scale hardly ever wins: the comparison says nothing"
+    outputs = jax.jit(lambda v, x: model.apply(v, x, method="outputs"))(variables, images)
+    for output, (features, distances, logits) in zip(outputs, expected, strict=True):
+        assert_close(output.features, features)
+        assert_close(output.distances, distances)
+        assert_close(output.logits, logits)
+    fused = jax.jit(model.apply)(variables, images)
+    np.testing.assert_allclose(fused.logits, outputs[-1].logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(321, 321), (128, 224)], ids=str)
@@ -235,7 +266,7 @@ def test_gradients_and_ten_steps_of_the_joint_phase():
                 {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"}
             ),
             accumulate=1,
-            feature_size=size,
+            feature_sizes=[size],
         )
     )
     _, frozen = steps.split(variables["params"], phase)

@@ -70,6 +70,7 @@ def make_config(root):
                 "features": 8,
                 "prototypes_per_class": 3,
                 "preprocessing": "imagenet",
+                "msc": (),
             },
             "pretrained": {"path": None},
             "loss": {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"},

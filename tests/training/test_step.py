@@ -31,6 +31,7 @@ def make_config(**loss):
         "head": "prototypes",
         "features": 8,
         "preprocessing": "imagenet",
+        "msc": (),
     }
     loss = {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present", **loss}
     return ml_collections.ConfigDict(
@@ -111,7 +112,7 @@ def run_on(pool, phase_name, accumulate=1, count=1, reduction="present", batch=N
             num_classes=C,
             loss_config=config.loss,
             accumulate=accumulate,
-            feature_size=(5, 5),
+            feature_sizes=[(5, 5)],
         )
     )
     _, frozen = steps.split(params, phase)
@@ -165,6 +166,45 @@ def test_several_devices_learn_what_one_learns(devices):
     assert_same_after_sgd(sgd(1), sgd(devices))
 
 
+def test_multi_scale_losses_are_the_mean_over_the_outputs():
+    """Each output's own labels and loss; several devices and micro-batches compute the same."""
+    config = make_config()
+    config.model.msc = (0.5,)
+    inference, params = setup(config)
+    batch, sizes = make_batch(), [(5, 5), (3, 3), (5, 5)]
+    outputs = jax.jit(inference.outputs)({"params": params}, batch["image"])
+    assert [o.logits.shape[1:3] for o in outputs] == sizes
+    terms = []
+    for output, (h, w) in zip(outputs, sizes, strict=True):
+        rows, cols = ((2 * np.arange(n) + 1) * 33 // (2 * n) for n in (h, w))
+        labels = batch["label"][:, rows][:, :, cols]
+        losses = np.array(
+            [
+                -jax.nn.log_softmax(output.logits[place])[labels[place]]
+                for place in zip(*np.nonzero(labels != 255), strict=True)
+            ]
+        )
+        terms.append(losses.mean())
+    for devices, accumulate in ((1, 1), (2, 2)):
+        pool = DevicePool(jax.local_devices()[:devices])
+        step = pool.map(
+            steps.make_step(
+                inference,
+                JOINT,
+                prototype_classes=equal_blocks(C * K, C),
+                num_classes=C,
+                loss_config=config.loss,
+                accumulate=accumulate,
+                feature_sizes=sizes,
+            )
+        )
+        _, frozen = steps.split(params, JOINT)
+        state = pool.replicate(steps.init_state(params, JOINT))
+        _, metrics = step(state, pool.replicate(frozen), {}, pool.shard(batch))
+        assert float(metrics["cross_entropy"][0]) == pytest.approx(np.mean(terms), rel=1e-5)
+        assert 0 < float(metrics["diversity"][0]) <= 1
+
+
 def test_accumulation_changes_nothing():
     whole, metrics_whole = run("joint", 1)
     parts, metrics_parts = run("joint", 2, accumulate=2)
@@ -203,7 +243,7 @@ def test_all_void_batch_is_finite():
             num_classes=C,
             loss_config=config.loss,
             accumulate=1,
-            feature_size=(5, 5),
+            feature_sizes=[(5, 5)],
         )
     )
     void = {**make_batch(), "label": np.full((8, *SIZE), 255, np.uint8)}
@@ -271,7 +311,7 @@ def test_frozen_groups_cost_nothing():
                 num_classes=C,
                 loss_config=config.loss,
                 accumulate=1,
-                feature_size=(5, 5),
+                feature_sizes=[(5, 5)],
             )
         )
         _, frozen = steps.split(params, phase)
