@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,21 +9,25 @@ import numpy as np
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.evaluation import segmentation
+from protoseg_jax.evaluation.submissions import submission
 from protoseg_jax.training.run import Run, variables_of
 from protoseg_jax.workdir import Workdir, write_atomically, write_json
 
 
-def score_run(workdir: str, split: str, phase: str | None, predictions: str | None) -> dict:
+def score_run(workdir: str, split: str, phase: str | None, predictions: str | None) -> dict | None:
     """Score a run's phase on a split: print the table, write DIR/eval/SPLIT-PHASE.json.
+
+    A split without labels has predictions only, and no scores.
 
     Args:
       workdir: the run's folder.
       split: train, validation or test.
       phase: a finished phase; None for the last one.
-      predictions: folder for predicted label PNGs (8-bit grey, class numbers), or None.
+      predictions: folder for predicted label PNGs (see `submissions`), or None.
 
     Raises:
-      UserError: no run there, the phase is not reached, or the split does not exist.
+      UserError: no run there, the phase is not reached, or the split does not exist or has no
+        labels to be scored by.
     """
     folder = Workdir.existing(workdir)
     run = Run(folder.config(), folder)
@@ -36,7 +39,17 @@ def score_run(workdir: str, split: str, phase: str | None, predictions: str | No
         raise UserError(
             f"run {workdir!r} has not finished phase {phase!r}; it has {', '.join(finished)}"
         )
+    labelled = run.data.labelled(split)
+    if not labelled and not predictions:
+        raise UserError(
+            f"split {split!r} of data set {run.data.name!r} has no labels, so it cannot be scored; "
+            "write its predictions with --predictions=OUT"
+        )
     checkpoint = folder.restore(phase)
+    if predictions:
+        write_predictions(run, checkpoint, split, Path(predictions))
+    if not labelled:
+        return None
     names = run.data.label_set.names
     scores = run.score(checkpoint, split)
     result = {
@@ -49,13 +62,11 @@ def score_run(workdir: str, split: str, phase: str | None, predictions: str | No
     (folder.path / "eval").mkdir(exist_ok=True)
     write_json(folder.path / "eval" / f"{split}-{phase}.json", result)
     print(evaluation.class_table(result, names))
-    if predictions:
-        write_predictions(run, checkpoint, split, Path(predictions))
     return result
 
 
 def write_predictions(run: Run, checkpoint, split: str, out: Path) -> None:
-    """Predicted labels of a split as 8-bit grey PNGs, IMAGE_ID.png, at the labels' own size."""
+    """Predicted labels of a split as files, at the labels' own size (see `submissions`)."""
     inference = run.inference(checkpoint.prototypes)
 
     def predict(variables, batch):
@@ -75,5 +86,6 @@ def write_predictions(run: Run, checkpoint, split: str, out: Path) -> None:
         labels = labels.reshape(-1, *labels.shape[2:])
         for label, size, index in zip(labels, batch["size"], batch["index"], strict=True):
             if index >= 0:
-                _, png = cv2.imencode(".png", label[: size[0], : size[1]])
-                write_atomically(out / f"{source[int(index)]['image_id']}.png", png.tobytes())
+                image_id = source[int(index)]["image_id"]
+                name, png = submission(run.data.name, split, image_id, label[: size[0], : size[1]])
+                write_atomically(out / name, png)

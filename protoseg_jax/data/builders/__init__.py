@@ -6,11 +6,14 @@ import ml_collections
 
 from protoseg_jax.data.builders.base import SegmentationData
 from protoseg_jax.data.builders.camvid import CamVid
+from protoseg_jax.data.builders.cityscapes import Cityscapes
 from protoseg_jax.data.builders.folder import Folder
+from protoseg_jax.data.builders.voc import Voc
 from protoseg_jax.data.label_sets import VOID
 from protoseg_jax.errors import UserError
 
-_NAMES = ("parts", "camvid", "folder")
+_FIXED = {"camvid": CamVid, "voc": Voc, "cityscapes": Cityscapes}
+_NAMES = ("parts", *_FIXED, "folder")
 
 
 def from_config(config: ml_collections.ConfigDict) -> SegmentationData:
@@ -39,7 +42,7 @@ def load(
     """A data set, prepared in the cache on first use.
 
     Args:
-      name: parts, camvid or folder.
+      name: parts, camvid, voc, cityscapes or folder.
       data_dir: where its files lie (not used by parts).
       cache_dir: where prepared data sets are kept.
       seed: of what is generated (parts) or drawn (folder's split).
@@ -57,8 +60,8 @@ def load(
         from protoseg_jax.data.builders.parts import Parts
 
         builder = Parts(cache_dir=cache_dir, seed=seed)
-    elif name == "camvid":
-        builder = CamVid(cache_dir=cache_dir, data_dir=data_dir)
+    elif name in _FIXED:
+        builder = _FIXED[name](cache_dir=cache_dir, data_dir=data_dir)
     else:
         builder = Folder(
             cache_dir=cache_dir, data_dir=data_dir, seed=seed, void=VOID if void is None else void

@@ -15,6 +15,7 @@ import io
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+import tqdm
 from absl import logging
 from jaxtyping import UInt8
 
@@ -118,7 +120,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registr
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         pixels = np.zeros(256, np.int64)
         size = np.zeros(2, np.int64)
-        for number, example in enumerate(self.examples(split)):
+        for number, example in enumerate(_counted(self.examples(split), f"{self.name} {split}")):
             pixels += np.bincount(example.label.ravel(), minlength=256)
             size = np.maximum(size, example.label.shape)
             record = {
@@ -132,6 +134,18 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registr
         # TFDS writes the metadata when all splits are done.
         self.info.metadata["class_pixels"][split] = pixels[: len(self.label_set)].tolist()
         self.info.metadata["label_size"][split] = size.tolist()
+
+
+def _counted(examples: Iterator[Example], name: str) -> Iterator[Example]:
+    """The examples, with a count for who waits: a bar on a terminal, a line now and then else."""
+    plain = not sys.stderr.isatty()
+    said = time.monotonic()
+    bar = tqdm.tqdm(examples, desc=name, unit="image", disable=plain, leave=False)
+    for number, example in enumerate(bar, 1):
+        yield example
+        if plain and time.monotonic() - said > 10:
+            said = time.monotonic()
+            print(f"preparing {name}: {number} images", file=sys.stderr, flush=True)
 
 
 class Source:
@@ -209,6 +223,10 @@ class SegmentationData:
         """Pixels of each class in a split's labels, int64 [C]."""
         self._check(split)
         return np.array(self._builder.info.metadata["class_pixels"][split], np.int64)
+
+    def labelled(self, split: str) -> bool:
+        """Whether any pixel of a split has a class; benchmarks keep their test labels."""
+        return bool(self.class_pixels(split).any())
 
     def label_size(self, split: str) -> tuple[int, int]:
         """The largest label height and the largest label width of a split."""

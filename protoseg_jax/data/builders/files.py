@@ -1,5 +1,6 @@
 """Reading pairs of image and mask files, with one line for whatever is wrong with them."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,15 +50,42 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
       UserError: the file does not decode or is neither indexed nor grey.
     """
+    return decode_mask(path.read_bytes(), path)
+
+
+def decode_mask(data: bytes, where: object) -> np.ndarray:
+    """As `read_mask`, of encoded bytes; `where` names them in messages."""
     try:
-        with Image.open(path) as mask:
+        with Image.open(io.BytesIO(data)) as mask:
             if mask.mode not in ("P", "L", "1"):
                 raise UserError(
-                    f"mask {path} has mode {mask.mode}; save it as 8-bit grey or indexed PNG"
+                    f"mask {where} has mode {mask.mode}; save it as 8-bit grey or indexed PNG"
                 )
             return np.array(mask).astype(np.uint8)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"mask {path} does not decode; replace the file") from error
+        raise UserError(f"mask {where} does not decode; replace the file") from error
+
+
+def image_size(data: bytes, where: object) -> tuple[int, int]:
+    """(h, w) of an encoded image, which is decoded whole to see that it can be.
+
+    Raises:
+      UserError: it cannot.
+    """
+    try:
+        return decode_image(data).shape[:2]
+    except ValueError as error:
+        raise UserError(f"image {where} does not decode; replace the file") from error
+
+
+def read_unlabelled(stem: str, image: Path) -> Example:
+    """An image without labels: all of it is void.
+
+    Raises:
+      UserError: the file does not decode.
+    """
+    data = image.read_bytes()
+    return Example(stem, data, np.full(image_size(data, image), VOID, np.uint8))
 
 
 def read_pair(
@@ -78,10 +106,7 @@ def read_pair(
     if not mask.is_file():
         raise UserError(f"image {image} has no mask {mask}; add it or remove the image")
     data = image.read_bytes()
-    try:
-        size = decode_image(data).shape[:2]
-    except ValueError as error:
-        raise UserError(f"image {image} does not decode; replace the file") from error
+    size = image_size(data, image)
     raw = read_mask(mask)
     if raw.shape != size:
         raise UserError(
