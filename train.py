@@ -1,6 +1,6 @@
 """Train a ProtoSeg.
 
-python train.py --config=configs/demo.py [--workdir=DIR] [--smoke] [--config.key=value …]
+python train.py --config=configs/demo.py[:ROW] [--workdir=DIR] [--smoke] [--config.key=value …]
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from protoseg_jax import devices, errors
 from protoseg_jax.training import phases, run
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: configs/NAME.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/NAME.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/NAME[-ROW].")
 _SMOKE = flags.DEFINE_bool("smoke", False, "Try every phase with three steps each.")
 
 
@@ -21,7 +21,8 @@ def main() -> None:
     if config is None:
         raise errors.UserError("no --config given; try --config=configs/demo.py")
     devices.start_processes()
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    path, _, row = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = Path(path).stem + (f"-{row}" if row else "")
     if _SMOKE.value:
         phases.smoke(config)
         name += "-smoke"

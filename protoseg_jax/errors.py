@@ -27,7 +27,10 @@ def full_disk(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # ml_collections, of an error in a config file
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def exit_with(message: str) -> None:

@@ -486,6 +486,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path):
         ("train.py", ["--config=configs/demo.py", "--config.seed=x"], "seed"),
         ("train.py", ["--config=configs/demo.py", "--smok"], "smok"),
         ("train.py", [], "no --config given"),
+        ("train.py", ["--config=configs/pascal.py:nothing"], "no row 'nothing'; it has imagenet"),
         ("eval.py", ["--workdir=/nowhere/at/all"], "holds no run"),
     ],
 )
