@@ -1,0 +1,196 @@
+"""The paper's Tables 1–4 in Markdown, our runs' figures beside the paper's.
+
+    python -m protoseg_jax.tables DIR …
+
+Each DIR is a run's folder. A run counts for the row that its config is (data set, weights, λ_J,
+head); several runs of a row give mean ± sample deviation. Rows without a finished run say "not
+run". All figures are per cent, on validation unless a column says test.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from protoseg_jax.errors import UserError
+from protoseg_jax.workdir import Workdir
+
+NOT_RUN = "not run"
+_SETS = {"voc": "Pascal VOC 2012", "cityscapes": "Cityscapes", "isbi_em": "EM (ISBI 2012)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the tables need of a run: its config (flat sections) and its finished phases."""
+
+    config: dict[str, Any]
+    phases: dict[str, dict[str, Any]]
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """(data set, kind): "imagenet", "coco", "no_diversity", "deeplab"; "other" for the rest."""
+        config, name = self.config, self.config["data"]["name"]
+        if config["model"]["head"] == "linear":
+            return name, "deeplab"
+        if config["loss"]["diversity"] == 0:
+            return name, "no_diversity"
+        if config["loss"]["diversity"] != 0.25:
+            return name, "other"
+        return name, "coco" if config["model"]["preprocessing"] == "caffe" else "imagenet"
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last phase's scores, if the run is finished."""
+        wanted = "joint" if self.row[1] == "deeplab" else "finetune_pruned"
+        return self.phases.get(wanted, {})
+
+
+def read(folder: str) -> Run:
+    """A run by its folder.
+
+    Raises:
+      UserError: it holds no run.
+    """
+    workdir = Workdir.existing(folder)
+    return Run(workdir.config_json(), {entry["phase"]: entry for entry in workdir.summary()})
+
+
+def _ours(values: Iterable[float | None], scale: float = 100.0, digits: int = 2) -> str:
+    values = [scale * v for v in values if v is not None]
+    if not values:
+        return NOT_RUN
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"## {title}", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+# (data set, kind, name) → the paper's mIoU on validation and test
+TABLE_1 = (
+    ("voc", "deeplab", "DeepLabv2 (with CRF)", 77.69, 79.70),
+    ("voc", "imagenet", "ProtoSeg, ImageNet", 72.05, 72.92),
+    ("voc", "coco", "ProtoSeg, COCO", 67.98, 68.71),
+    ("cityscapes", "deeplab", "DeepLabv2", 71.40, 70.40),
+    ("cityscapes", "imagenet", "ProtoSeg, ImageNet", 67.23, 67.04),
+    ("cityscapes", "coco", "ProtoSeg, COCO", 55.35, 56.77),
+)
+# λ_J → the paper's overlap and mIoU
+TABLE_2 = (
+    ("voc", "no_diversity", "0", 48.16, 69.60),
+    ("voc", "imagenet", "0.25", 26.59, 72.05),
+    ("cityscapes", "no_diversity", "0", 57.99, 61.60),
+    ("cityscapes", "imagenet", "0.25", 24.09, 67.23),
+)
+# The paper's stage, ours, and its prototypes and mIoU
+TABLE_3 = (
+    ("voc", "warm-up", "warmup", 210, 25.65),
+    ("voc", "joint", "joint", 210, 68.24),
+    ("voc", "projection", "finetune", 201, 72.00),
+    ("voc", "pruning", "finetune_pruned", 133, 72.05),
+    ("cityscapes", "warm-up", "warmup", 190, 31.45),
+    ("cityscapes", "joint", "joint", 190, 65.38),
+    ("cityscapes", "projection", "finetune", 188, 67.24),
+    ("cityscapes", "pruning", "finetune_pruned", 128, 67.23),
+)
+TABLE_4 = (("deeplab", "U-Net", 78.74, 5.37), ("imagenet", "ProtoSeg (U-Net)", 76.58, 5.40))
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """Tables 1–4 as Markdown."""
+
+    def of(name: str, kind: str) -> list[Run]:
+        return [run for run in runs if run.row == (name, kind)]
+
+    def last(name: str, kind: str, key: str) -> str:
+        return _ours(run.last.get(key) for run in of(name, kind))
+
+    def stage(name: str, phase: str, key: str, scale: float, digits: int) -> str:
+        found = (run.phases.get(phase, {}).get(key) for run in of(name, "imagenet"))
+        return _ours(found, scale, digits)
+
+    first = _markdown(
+        "Table 1: mIoU",
+        ("data", "model", "paper, validation", "paper, test", "ours, validation"),
+        (
+            (_SETS[s], name, f"{validation:.2f}", f"{test:.2f}", last(s, kind, "miou"))
+            for s, kind, name, validation, test in TABLE_1
+        ),
+    )
+    second = _markdown(
+        "Table 2: the diversity loss",
+        ("data", "λ_J", "paper: overlap", "ours: overlap", "paper: mIoU", "ours: mIoU"),
+        (
+            (
+                _SETS[s],
+                weight,
+                f"{overlap:.2f}",
+                last(s, kind, "overlap"),
+                f"{miou:.2f}",
+                last(s, kind, "miou"),
+            )
+            for s, kind, weight, overlap, miou in TABLE_2
+        ),
+    )
+    third = _markdown(
+        "Table 3: the stages",
+        ("data", "paper's stage", "our phase", "prototypes", "ours", "paper: mIoU", "ours: mIoU"),
+        (
+            (
+                _SETS[s],
+                name,
+                f"`{phase}`",
+                str(count),
+                stage(s, phase, "num_prototypes", 1.0, 0),
+                f"{miou:.2f}",
+                stage(s, phase, "miou", 100.0, 2),
+            )
+            for s, name, phase, count, miou in TABLE_3
+        ),
+    )
+    fourth = _markdown(
+        "Table 4: EM",
+        ("model", "paper: mIoU", "ours: mIoU", "paper: error", "ours: 1 − F of inside"),
+        (
+            (
+                name,
+                f"{miou:.2f}",
+                last("isbi_em", kind, "miou"),
+                f"{error:.2f}",
+                last("isbi_em", kind, "f_error"),
+            )
+            for kind, name, miou, error in TABLE_4
+        ),
+    )
+    note = (
+        "The paper's projection and pruning rows are scores after their fine-tunings, hence our "
+        "phases beside them. Its Table 4 error can only be 1 − F."
+    )
+    return "\n\n".join([first, second, third, fourth, note])
+
+
+def _main(*folders: str) -> None:
+    if not folders:
+        raise UserError("no run given; name one or more folders that train.py wrote")
+    runs = [read(folder) for folder in folders]
+    print(tables(runs))
+    known = {(s, kind) for s, kind, *_ in (*TABLE_1, *TABLE_2)}
+    known |= {("isbi_em", kind) for kind, *_ in TABLE_4}
+    for folder, run in zip(folders, runs, strict=True):
+        if run.row not in known:
+            print(f"\n{folder} is of no row ({', '.join(run.row)}).")
+        elif not run.last:
+            print(f"\n{folder} is not finished ({', '.join(run.phases) or 'no phase yet'}).")
+
+
+if __name__ == "__main__":
+    import sys
+
+    try:
+        _main(*sys.argv[1:])
+    except UserError as error:
+        from protoseg_jax.errors import exit_with
+
+        exit_with(str(error))

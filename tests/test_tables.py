@@ -1,0 +1,83 @@
+"""The paper's tables beside our runs: every figure in its place, "not run" where there is none."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from protoseg_jax import tables
+
+
+def make_run(
+    root, name, data, miou, *, diversity=0.25, head="prototypes", preprocessing="imagenet"
+):
+    phases = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
+    if head == "linear":
+        phases = phases[:2]
+    config = {
+        "data": {"name": data},
+        "model": {"head": head, "preprocessing": preprocessing},
+        "loss": {"diversity": diversity},
+    }
+    summary = [
+        {
+            "phase": phase,
+            "num_prototypes": None if head == "linear" else 200 - n,
+            "miou": miou + n / 100,
+            "overlap": None if head == "linear" else 0.25,
+            "f_error": 0.05,
+        }
+        for n, phase in enumerate(phases)
+    ]
+    folder = root / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return str(folder)
+
+
+def cells(text, *words):
+    """The cells of the one line that holds all these words."""
+    (line,) = [x for x in text.splitlines() if all(w in x for w in words)]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_figures_are_in_their_places(tmp_path):
+    runs = [
+        tables.read(make_run(tmp_path, "a", "voc", 0.60)),
+        tables.read(make_run(tmp_path, "b", "voc", 0.62)),
+        tables.read(make_run(tmp_path, "c", "voc", 0.70, head="linear")),
+        tables.read(make_run(tmp_path, "d", "cityscapes", 0.5, diversity=0.0)),
+        tables.read(make_run(tmp_path, "e", "cityscapes", 0.4, preprocessing="caffe")),
+        tables.read(make_run(tmp_path, "f", "isbi_em", 0.7)),
+    ]
+    text = tables.tables(runs)
+    assert cells(text, "Pascal", "ProtoSeg, ImageNet")[2:] == ["72.05", "72.92", "66.00 ± 1.41"]
+    assert cells(text, "Pascal", "DeepLabv2")[-1] == "71.00"
+    assert cells(text, "Pascal", "ProtoSeg, COCO")[-1] == tables.NOT_RUN
+    assert cells(text, "Cityscapes", "ProtoSeg, COCO")[-1] == "45.00"
+    assert cells(text, "Cityscapes", "| 0 |")[2:] == ["57.99", "25.00", "61.60", "55.00"]
+    assert cells(text, "Pascal", "`finetune`")[3:] == ["201", "197 ± 0", "72.00", "64.00 ± 1.41"]
+    assert cells(text, "Cityscapes", "`warmup`")[4] == tables.NOT_RUN
+    assert cells(text, "ProtoSeg (U-Net)")[1:] == ["76.58", "75.00", "5.40", "5.00"]
+
+
+def test_without_runs_nothing_is_claimed():
+    text = tables.tables([])
+    assert text.count(tables.NOT_RUN) == 6 + 2 * 4 + 2 * 8 + 2 * 2
+
+
+@pytest.mark.parametrize(("arguments", "words"), [([], "no run given"), (["/nowhere"], "no run")])
+def test_bad_folders_are_one_line(arguments, words):
+    command = [sys.executable, "-m", "protoseg_jax.tables", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_command_tells_what_counts_for_nothing(tmp_path):
+    folder = make_run(tmp_path, "a", "parts", 0.5)
+    command = [sys.executable, "-m", "protoseg_jax.tables", folder]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{folder} is of no row (parts, imagenet)" in result.stdout
