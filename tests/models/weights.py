@@ -55,8 +55,9 @@ def protoseg(depth, width, rates, features, prototype_classes, num_classes, seed
     """A state dict of the authors' ProtoSeg, with the given class of each prototype."""
     rng = np.random.default_rng(seed)
     tensors = backbone("deeplab", depth, width, rng)
+    spread = 1 / np.sqrt(len(rates) * 9 * 32 * width)  # so that the sigmoid is not saturated
     for i in range(len(rates)):
-        tensors[f"aspp.c{i}.weight"] = rng.normal(0, 0.05, (features, 32 * width, 3, 3))
+        tensors[f"aspp.c{i}.weight"] = rng.normal(0, spread, (features, 32 * width, 3, 3))
         tensors[f"aspp.c{i}.bias"] = rng.normal(size=features)
     tensors = {f"features.base.{n}": t for n, t in tensors.items()}
     count = len(prototype_classes)
