@@ -119,6 +119,8 @@ def _read_torch(path: Path) -> Tensors:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path) and not path.read_bytes()[:1] == b"\x80":
+            raise _damaged(path, error) from error  # a download's error page, say
         raise UserError(
             f"weights file {path} holds more than tensors (a whole module?), which would have to "
             "be executed; where its code is, save torch.save(model.state_dict(), 'weights.pth')"
@@ -301,7 +303,14 @@ def port(tensors: Tensors, where: Any) -> Ported:
         another shape.
     """
     for prefix in ("module.", "features.base.", "features.", "base."):
-        tensors = {n.removeprefix(prefix): t for n, t in tensors.items()}
+        bare = {n.removeprefix(prefix): t for n, t in tensors.items()}
+        if len(bare) < len(tensors):
+            twice = next(n for n in tensors if n.startswith(prefix) and n[len(prefix) :] in tensors)
+            raise UserError(
+                f"weights {where} hold both {twice} and {twice[len(prefix) :]}; leave one of the "
+                "two networks in the file"
+            )
+        tensors = bare
     if "layer1.0.conv1.weight" in tensors:
         origin, names = "torchvision", _torchvision
         blocks = _count_blocks(tensors, r"layer{}\.(\d+)\.", first_stage=1)

@@ -188,6 +188,12 @@ class Run:
           UserError: the weights are not this config's network's.
         """
         model = self.config.model
+        for key, wanted in dataclasses.asdict(port_torch.ORIGINS[ported.origin]).items():
+            if model[key] != wanted:  # allowed: the released code does so with torchvision's
+                say(
+                    f"warning: model.{key} is {model[key]!r}, but weights {path} "
+                    f"({ported.origin}) were trained with {wanted!r}"
+                )
         if ported.prototype_classes is not None and self.black_box:
             raise UserError(f"weights {path} are a ProtoSeg; model.head='linear' has no prototypes")
         count = 0 if self.black_box else self.num_classes * model.prototypes_per_class

@@ -79,6 +79,9 @@ def test_pth_files(tmp_path):
     torch.save(torch.nn.Conv2d(3, 4, 1), tmp_path / "module.pth")
     with pytest.raises(UserError, match="whole module.*torch.save.model.state_dict"):
         port_torch.load(tmp_path / "module.pth")
+    (tmp_path / "page.pth").write_text("<html>404 not found</html>")
+    with pytest.raises(UserError, match="page.pth cannot be read"):
+        port_torch.load(tmp_path / "page.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="no state dict"):
         port_torch.load(tmp_path / "list.pth")
@@ -101,6 +104,10 @@ def test_pth_files(tmp_path):
         (lambda t: t["bn1.weight"].fill(np.nan), "1 not finite: bn1.weight"),
         (lambda t: [t.pop(n) for n in list(t) if "conv3" in n], "not supported"),
         (lambda t: t.clear(), "unknown network"),
+        (
+            lambda t: t.update({"module.bn1.weight": t["bn1.weight"]}),
+            "both module.bn1.weight and bn1.weight",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, words):

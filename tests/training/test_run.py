@@ -395,6 +395,10 @@ def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_p
     run.workdir.start(again, {})
     run.workdir.release()
 
+    assert "warning" not in capsys.readouterr().err
+    config.model.stride_in = "3x3"
+    Run(config, Workdir(tmp_path / "other"), one_device()).initial()
+    assert "warning: model.stride_in is '3x3', but weights" in capsys.readouterr().err
     config.model.depth = 14
     with pytest.raises(UserError, match="backbone of weights .* does not fit model.depth=14"):
         Run(config, Workdir(tmp_path / "other"), one_device()).initial()
