@@ -5,7 +5,7 @@ python eval.py --workdir=DIR [--split=validation] [--phase=NAME] [--predictions=
 
 from absl import flags
 
-from protoseg_jax import errors
+from protoseg_jax import devices, errors
 from protoseg_jax.training import scoring
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
@@ -17,6 +17,7 @@ _PREDICTIONS = flags.DEFINE_string("predictions", None, "Folder to write label P
 def main() -> None:
     if _WORKDIR.value is None:
         raise errors.UserError("no --workdir given; name the folder that train.py wrote")
+    devices.keep_compiled_programs()
     scoring.score_run(_WORKDIR.value, _SPLIT.value, _PHASE.value, _PREDICTIONS.value)
 
 

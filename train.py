@@ -21,6 +21,7 @@ def main() -> None:
     if config is None:
         raise errors.UserError("no --config given; try --config=configs/demo.py")
     devices.start_processes()
+    devices.keep_compiled_programs()
     path, _, row = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     name = Path(path).stem + (f"-{row}" if row else "")
     if _SMOKE.value:

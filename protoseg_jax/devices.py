@@ -6,9 +6,12 @@ process, and are split into [n, B/n, ...] here and nowhere else.
 """
 
 import collections
+import hashlib
 import itertools
 import os
+import platform
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,6 +24,7 @@ from protoseg_jax.errors import UserError
 
 AXIS = "devices"
 _PEER_TIMEOUT = 30  # seconds without a sign of life after which a peer counts as dead
+_COMPILED_BYTES = 2 << 30  # of compiled programs that are kept
 _JOIN_TIMEOUT = 120  # seconds to wait for all processes at the start
 
 
@@ -69,6 +73,30 @@ def start_processes() -> None:
             f"the processes of this run did not find each other ({reason}); see that all were "
             "started, with the same coordinator address and each with its own number"
         ) from error
+
+
+def keep_compiled_programs() -> None:
+    """Keep XLA's compiled programs, so that a run that goes on does not compile again.
+
+    Where `JAX_COMPILATION_CACHE_DIR` says, else in `protoseg_jax/xla-…` of the user's cache folder
+    (`XDG_CACHE_HOME`, `~/.cache`), a folder for each kind of CPU: XLA's code for one may crash on
+    another. Does nothing where that cannot be written.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    try:
+        with open("/proc/cpuinfo") as file:
+            features = next((line for line in file if line.startswith(("flags", "Features"))), "")
+        kind = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()[:12]
+        folder = os.path.join(base, "protoseg_jax", f"xla-{platform.machine()}-{kind}")
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
 def leave_processes(error: BaseException) -> None:
