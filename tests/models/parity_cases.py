@@ -56,9 +56,11 @@ def network(depth, width, stride_in, rates, msc=()):
 
 
 def pairs(output, expected):
-    """An output's arrays beside the counterpart's, whose features must vary."""
+    """An output's arrays beside the counterpart's, whose features must vary and not saturate."""
     features, distances, logits = expected
     assert features.std() > 0.05, "the features hardly vary: the comparison says nothing"
+    saturated = ((features < 0.01) | (features > 0.99)).float().mean()
+    assert saturated < 0.1, "the sigmoid hides what is before it: the comparison says nothing"
     return [
         ("features", output.features, features),
         ("distances", output.distances, distances),

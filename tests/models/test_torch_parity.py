@@ -123,4 +123,4 @@ def test_gradients_and_ten_steps_of_the_joint_phase():
             assert 0 < np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
         for ours, theirs in joint.moved[group]:
             assert np.linalg.norm(theirs) > 0
-            assert np.linalg.norm(ours - theirs) <= 0.02 * np.linalg.norm(theirs)
+            assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)

@@ -24,14 +24,18 @@ def block_names(naming, stage, block):
 
 
 def backbone(naming, depth, width, rng):
-    """Tensors of a ResNet with statistics that are not trivial."""
+    """Tensors of a ResNet with statistics that are not trivial.
+
+    Blocks add little to their shortcuts, or 33 of them would add up to values far from what
+    trained networks have.
+    """
     tensors = {}
 
-    def add(names, out, into, k):
+    def add(names, out, into, k, gain=1.0):
         conv, norm = names
         tensors[f"{conv}.weight"] = rng.normal(0, np.sqrt(1 / (k * k * into)), (out, into, k, k))
-        tensors[f"{norm}.weight"] = rng.uniform(0.5, 1.5, out)
-        tensors[f"{norm}.bias"] = rng.normal(0, 0.3, out)
+        tensors[f"{norm}.weight"] = gain * rng.uniform(0.5, 1.5, out)
+        tensors[f"{norm}.bias"] = gain * rng.normal(0, 0.3, out)
         tensors[f"{norm}.running_mean"] = rng.normal(0, 0.3, out)
         tensors[f"{norm}.running_var"] = rng.uniform(0.5, 2, out)
         tensors[f"{norm}.num_batches_tracked"] = np.array(7)
@@ -44,7 +48,7 @@ def backbone(naming, depth, width, rng):
             *convs, shortcut = block_names(naming, stage, block)
             add(convs[0], inner, channels, 1)
             add(convs[1], inner, inner, 3)
-            add(convs[2], 4 * inner, inner, 1)
+            add(convs[2], 4 * inner, inner, 1, gain=0.3)
             if block == 0:
                 add(shortcut, 4 * inner, channels, 1)
             channels = 4 * inner
