@@ -49,6 +49,7 @@ def config() -> ml_collections.ConfigDict:
         "features": 64,
         "preprocessing": "imagenet",
         "msc": (),
+        "remat": False,
     }
     loss = {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"}
     return ml_collections.ConfigDict(

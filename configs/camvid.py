@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     c.model.prototypes_per_class = 10
     c.model.preprocessing = "imagenet"
     c.model.msc = ()  # (0.5, 0.75): multi-scale inputs
+    c.model.remat = False  # True: less memory, about a third more work
 
     c.pretrained = ConfigDict({"path": config_dict.placeholder(str)})
 

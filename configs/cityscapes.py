@@ -46,6 +46,7 @@ def get_config(row: str = "imagenet") -> ConfigDict:
     c.model.prototypes_per_class = 10
     c.model.preprocessing = "auto"  # as the weights want it
     c.model.msc = ()
+    c.model.remat = False  # True: less memory, about a third more work
 
     c.pretrained = ConfigDict({"path": config_dict.placeholder(str)})
 

@@ -19,8 +19,8 @@ def build(
 
     Args:
       config: backbone ("resnet"), depth, width, norm, stride_in, output_stride, aspp_rates, head
-        ("prototypes", or "linear": the black-box twin), features (D), and msc, the scales of MSC's
-        smaller copies.
+        ("prototypes", or "linear": the black-box twin), features (D), msc, the scales of MSC's
+        smaller copies, and remat (see `resnet.ResNet`).
       num_classes: C.
       num_prototypes: M, in all; not used by head "linear".
       dtype: of the backbone's and the ASPP's computation. Parameters, features, distances and
@@ -44,6 +44,7 @@ def build(
         norm=config.norm,
         stride_in=config.stride_in,
         output_stride=config.output_stride,
+        remat=config.remat,
         dtype=dtype,
     )
     rates = tuple(config.aspp_rates)

@@ -104,6 +104,7 @@ class ResNet(nn.Module):
       norm: "frozen_batch" or "group".
       stride_in: "3x3" or "1x1", see `Bottleneck`.
       output_stride: 8 or 4; 321² becomes 41² at 8, 513² 65², 1024×2048 129×257.
+      remat: whether a block's inner maps are computed again in the backward pass, not kept.
       dtype: dtype of the computation and the result.
     """
 
@@ -112,10 +113,12 @@ class ResNet(nn.Module):
     norm: str = "frozen_batch"
     stride_in: str = "3x3"
     output_stride: int = 8
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        make_block = nn.remat(Bottleneck) if self.remat else Bottleneck
         x = Conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(images)
         x = max_pool(nn.relu(NORMS[self.norm](dtype=self.dtype, name="norm1")(x)))
         stages = zip(
@@ -126,7 +129,7 @@ class ResNet(nn.Module):
         )
         for stage, (blocks, stride, dilation) in enumerate(stages):
             for block in range(blocks):
-                x = Bottleneck(
+                x = make_block(
                     channels=self.width * 2**stage,
                     stride=stride if block == 0 else 1,
                     dilation=dilation,

@@ -46,6 +46,7 @@ def network(depth, width, stride_in, rates, msc=()):
             "head": "prototypes",
             "features": D,
             "msc": msc,
+            "remat": False,
         }
     )
     model = models.build(config, num_classes=C, num_prototypes=len(CLASSES), dtype=jnp.float32)

@@ -53,6 +53,21 @@ def test_output_stride_4_keeps_twice_the_resolution():
     assert output.features.shape == (1, 81, 81, 64)
 
 
+def test_rematerialisation_changes_no_gradient():
+    images = jax.random.normal(jax.random.key(1), (1, 33, 40, 3))
+    found = []
+    for remat in (False, True):
+        config = make_config(depth=14, width=8, norm="group", aspp_rates=(1, 2), remat=remat)
+        model = models.build(config, 3, 6, jnp.float32)
+        params = model.init(jax.random.key(0), images)
+        loss = jax.jit(jax.value_and_grad(lambda p, m=model: m.apply(p, images).logits.sum()))
+        found.append(loss(params))
+    values, gradients = zip(*found, strict=True)
+    assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a) + 1e-6
+
+
 def test_bfloat16_is_only_computed_in():
     """Parameters and results stay float32, and the results are near those of float32."""
     config = make_config(depth=14, width=16, norm="group", aspp_rates=(1, 2), features=8)

@@ -32,6 +32,7 @@ def make_config(**loss):
         "features": 8,
         "preprocessing": "imagenet",
         "msc": (),
+        "remat": False,
     }
     loss = {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present", **loss}
     return ml_collections.ConfigDict(

@@ -1,0 +1,99 @@
+"""How fast one core feeds training with 2048×1024 images, by the form in which they are stored.
+
+    python benchmarks/decoding.py [--image=FILE] [--out=FILE.md]
+
+Without --image on a made street: shapes in all sizes, with a camera's noise. Decoding alone, and
+decoding with the augmentation of configs/cityscapes.py (scale, crop to 513², flip), labels included.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import machine  # noqa: E402
+
+from configs import cityscapes  # noqa: E402
+from protoseg_jax.data.augment import Augment  # noqa: E402
+from protoseg_jax.data.builders.base import decode_image, encode_png  # noqa: E402
+
+SIZE = (1024, 2048)
+SECONDS = 5.0
+FORMS = {
+    "PNG as OpenCV writes it": (".png", []),
+    "PNG, zlib level 6": (".png", [cv2.IMWRITE_PNG_COMPRESSION, 6]),
+    "PNG, zlib level 9": (".png", [cv2.IMWRITE_PNG_COMPRESSION, 9]),
+    "WebP, lossless": (".webp", [cv2.IMWRITE_WEBP_QUALITY, 101]),
+    "BMP, not compressed": (".bmp", []),
+}
+
+
+def street(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(image, labels): discs of falling size, each of one class and colour, and noise of σ = 2."""
+    image = np.full((*SIZE, 3), 90, np.uint8)
+    labels = np.zeros(SIZE, np.uint8)
+    for n in range(600):
+        centre = tuple(int(rng.integers(0, s)) for s in SIZE[::-1])
+        radius = int(300 / (1 + n / 20))
+        cv2.circle(image, centre, radius, rng.integers(0, 256, 3).tolist(), -1)
+        cv2.circle(labels, centre, radius, int(rng.integers(0, 19)), -1)
+    noisy = cv2.GaussianBlur(image, (5, 5), 0) + rng.normal(0, 2, image.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8), labels
+
+
+def rate(work: Callable[[], object]) -> float:
+    """Calls a second, over five seconds."""
+    work()
+    count, start = 0, time.monotonic()
+    while time.monotonic() - start < SECONDS:
+        work()
+        count += 1
+    return count / (time.monotonic() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--image", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path)
+    arguments = parser.parse_args()
+    cv2.setNumThreads(1)
+    image, labels = street(np.random.default_rng(0))
+    if arguments.image:
+        image = cv2.resize(decode_image(arguments.image.read_bytes()), SIZE[::-1])
+    config = cityscapes.get_config()
+    augment = Augment(tuple(config.crop_size), tuple(config.augment.scale), (124, 116, 104))
+    stored_labels, rng = encode_png(labels), np.random.default_rng(0)
+    lines = [
+        "# Decoding 2048×1024 images",
+        "",
+        f"`python benchmarks/decoding.py{f' --image={arguments.image.name}' * bool(arguments.image)}"
+        f"`, {machine.describe()} One thread, OpenCV {cv2.__version__}.",
+        "",
+        "| stored as | MB | decoded, images/s | examples/s, augmented to 513² |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, (suffix, options) in FORMS.items():
+        _, stored = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+        stored = stored.tobytes()
+        np.testing.assert_array_equal(decode_image(stored), image)
+
+        def example(stored=stored):
+            raw = np.frombuffer(stored_labels, np.uint8)
+            label = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE)
+            return augment.random_map({"image": decode_image(stored), "label": label}, rng)
+
+        decoded = rate(lambda stored=stored: decode_image(stored))
+        lines.append(f"| {name} | {len(stored) / 1e6:.1f} | {decoded:.1f} | {rate(example):.1f} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    machine.report(lines, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

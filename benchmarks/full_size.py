@@ -1,0 +1,240 @@
+"""The paper's configs at full size, on made images with random weights: speed and memory.
+
+    python benchmarks/full_size.py [--batch=10] [--steps=20] [--dtypes=float32,bfloat16]
+        [--configs=pascal,cityscapes] [--out=FILE]
+
+For configs/pascal.py and configs/cityscapes.py on one device: a training step of each phase at the
+crop size, projection's search and evaluation at the evaluation size; the joint step's FLOPs as XLA
+counts them, as a share of the device's measured matmul rate; the hours of the whole recipe that
+follow. On a CPU: --batch=2 --steps=1 --dtypes=float32.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import machine  # noqa: E402
+
+from configs import cityscapes, pascal  # noqa: E402
+from protoseg_jax import inference as inferences  # noqa: E402
+from protoseg_jax.devices import DevicePool  # noqa: E402
+from protoseg_jax.evaluation.evaluate import make_eval_step  # noqa: E402
+from protoseg_jax.models.prototypes import equal_blocks  # noqa: E402
+from protoseg_jax.prototypes import patch_search  # noqa: E402
+from protoseg_jax.training import phases  # noqa: E402
+from protoseg_jax.training import step as steps  # noqa: E402
+from protoseg_jax.training.run import feature_sizes, settle  # noqa: E402
+from protoseg_jax.workdir import Workdir  # noqa: E402
+
+# Name: config, classes, label size, images projected from and evaluated on.
+SETS = {
+    "pascal": (pascal, 21, (375, 500), 1464, 1449),
+    "cityscapes": (cityscapes, 19, (1024, 2048), 2975, 500),
+}
+
+
+def matmul_rate(dtype: jnp.dtype, size: int) -> float:
+    """FLOP/s of one large square matmul at the backbone's default precision, the best of five."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(x).block_until_ready()
+    best = np.inf
+    for _ in range(5):
+        start = time.monotonic()
+        multiply(x).block_until_ready()
+        best = min(best, time.monotonic() - start)
+    return 2 * size**3 / best
+
+
+class Case:
+    """One config at one dtype on one device."""
+
+    def __init__(self, name: str, dtype: str):
+        module, self.classes, self.label_size, *_ = SETS[name]
+        self.config: ml_collections.ConfigDict = module.get_config()
+        self.config.compute_dtype = dtype
+        settle(self.config, Workdir(ROOT / "none"))
+        self.owners = equal_blocks(10 * self.classes, self.classes)
+        self.inference = inferences.from_config(self.config, self.classes, len(self.owners))
+        self.pool = DevicePool(jax.local_devices()[:1])
+        images = jnp.zeros((1, *self.config.crop_size, 3))
+        self.variables = jax.device_get(
+            jax.jit(self.inference.model.init)(jax.random.key(0), images)
+        )
+        self.rng = np.random.default_rng(0)
+
+    def batch(self, size: int, image: tuple[int, int], label: tuple[int, int]) -> dict:
+        """Made images, labels in blocks of one class."""
+        blocks = self.rng.integers(0, self.classes, (size, 8, 8)).astype(np.uint8)
+        rows, cols = (np.arange(n) * 8 // n for n in label)
+        return {
+            "image": self.rng.integers(0, 256, (size, *image, 3), dtype=np.uint8),
+            "label": blocks[:, rows][:, :, cols],
+            "size": np.tile(np.array(label, np.int32), (size, 1)),
+            "index": np.arange(size, dtype=np.int32),
+        }
+
+    def train(self, name: str, batch_size: int, repeats: int) -> tuple[float, float, float]:
+        """(seconds a step, bytes at the peak, FLOPs a step) of a phase."""
+        phase = next(p for p in phases.from_config(self.config) if p.name == name)
+        step = self.pool.map(
+            steps.make_step(
+                self.inference,
+                phase,
+                prototype_classes=self.owners,
+                num_classes=self.classes,
+                loss_config=self.config.loss,
+                accumulate=1,
+                feature_sizes=feature_sizes(self.inference, tuple(self.config.crop_size)),
+            ),
+            donate_argnums=(0,),
+        )
+        params = self.variables["params"]
+        _, frozen = steps.split(params, phase)
+        size = tuple(self.config.crop_size)
+        batch = self.batch(batch_size, size, size)
+        rest = (
+            self.pool.replicate(frozen),
+            self.pool.replicate({"frozen": self.variables["frozen"]}),
+            self.pool.shard({k: batch[k] for k in ("image", "label")}),
+        )
+        state = self.pool.replicate(steps.init_state(params, phase))
+        compiled = step.lower(state, *rest).compile()
+
+        def run(state):
+            state, metrics = compiled(state, *rest)
+            return state, metrics["loss"]
+
+        seconds = timed_state(run, state, repeats)
+        return seconds, peak(compiled), compiled.cost_analysis()["flops"]
+
+    def search(self, batch_size: int, repeats: int) -> float:
+        """Images a second of projection's search."""
+        step = patch_search.make_search_step(self.inference, self.owners, k=1, within_class=True)
+        compiled = self.pool.map(step)
+        table = patch_search.empty(len(self.owners), 1, self.config.model.features)
+        arguments = (
+            self.pool.replicate(table),
+            self.pool.replicate(self.variables),
+            self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),
+        )
+        return batch_size / timed(lambda: compiled(*arguments), repeats)
+
+    def evaluate(self, batch_size: int, repeats: int) -> tuple[float, float]:
+        """(images a second, bytes at the peak) of evaluation without overlap."""
+        owners = tuple(self.owners.tolist())
+        step = make_eval_step(self.inference, owners, self.classes, overlap=False)
+        arguments = (
+            self.pool.replicate(self.variables),
+            self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),
+        )
+        compiled = self.pool.map(step).lower(*arguments).compile()
+        seconds = timed(lambda: compiled(*arguments), repeats)
+        return batch_size / seconds, peak(compiled)
+
+
+def timed(run: Callable, repeats: int) -> float:
+    """Mean seconds of a call, after one that does not count."""
+    jax.block_until_ready(run())
+    start = time.monotonic()
+    for _ in range(repeats):
+        result = run()
+    jax.block_until_ready(result)
+    return (time.monotonic() - start) / repeats
+
+
+def timed_state(run: Callable, state, repeats: int) -> float:
+    """As `timed`, of a call that changes a state."""
+    state, loss = run(state)
+    jax.block_until_ready(state)
+    start = time.monotonic()
+    for _ in range(repeats):
+        state, loss = run(state)
+    jax.block_until_ready(state)
+    assert np.isfinite(np.asarray(loss)).all(), "the loss is not finite"
+    return (time.monotonic() - start) / repeats
+
+
+def peak(compiled) -> float:
+    """Bytes that XLA plans for a program: arguments, results and what it keeps in between."""
+    memory = compiled.memory_analysis()
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    return sum(getattr(memory, p) for p in parts) - memory.alias_size_in_bytes
+
+
+def page(name: str, dtype: str, batch_size: int, repeats: int) -> list[str]:
+    """The table of one config at one dtype."""
+    case, (*_, projected, evaluated) = Case(name, dtype), SETS[name]
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    rate = matmul_rate(jnp.dtype(dtype), 4096 if on_cpu else 16384)
+    lines = [
+        f"## configs/{name}.py, {dtype}",
+        "",
+        f"Largest matmul: {rate / 1e12:.2f} TFLOP/s.",
+        "",
+        "| | batch | seconds a step | images/s | memory, GB | TFLOP a step | of matmul |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    hours = 0.0
+    for phase in ("warmup", "joint", "finetune"):
+        seconds, memory, count = case.train(phase, batch_size, repeats)
+        number = case.config.phases[phase].steps * (2 if phase == "finetune" else 1)
+        hours += number * seconds * case.config.batch_size / batch_size / 3600
+        lines.append(
+            f"| {phase} | {batch_size} | {seconds:.3f} | {batch_size / seconds:.2f} | "
+            f"{memory / 1e9:.2f} | {count / 1e12:.2f} | {count / seconds / rate:.0%} |"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
+    size = min(batch_size, case.config.eval_batch_size)
+    found = case.search(size, repeats)
+    scored, memory = case.evaluate(size, repeats)
+    hours += (2 * projected / found + 6 * evaluated / scored) / 3600
+    lines.append(f"| projection | {size} | {size / found:.3f} | {found:.2f} | | | |")
+    lines.append(
+        f"| evaluation | {size} | {size / scored:.3f} | {scored:.2f} | {memory / 1e9:.2f} | | |"
+    )
+    print(*lines[-2:], sep="\n", file=sys.stderr, flush=True)
+    return [
+        *lines,
+        "",
+        f"The whole recipe, batch {case.config.batch_size}, both searches and six evaluations: "
+        f"{hours:,.1f} hours at this speed, validation inside phases and input not counted.",
+        "",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--configs", default="pascal,cityscapes")
+    parser.add_argument("--out", type=pathlib.Path)
+    arguments = parser.parse_args()
+    lines = [
+        "# The paper's configs at full size",
+        "",
+        f"`python benchmarks/full_size.py --batch={arguments.batch} --steps={arguments.steps} "
+        f"--dtypes={arguments.dtypes} --configs={arguments.configs}`, {machine.describe()}",
+        "",
+        "Made images, random weights, one device. Memory is what XLA plans for the program.",
+        "",
+    ]
+    for name in arguments.configs.split(","):
+        for dtype in arguments.dtypes.split(","):
+            lines += page(name, dtype, arguments.batch, arguments.steps)
+    machine.report(lines, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
