@@ -3,7 +3,8 @@
     python benchmarks/decoding.py [--image=FILE] [--out=FILE.md]
 
 Without --image on a made street: shapes in all sizes, with a camera's noise. Decoding alone, and
-decoding with the augmentation of configs/cityscapes.py (scale, crop to 513², flip), labels included.
+decoding of image and labels with the augmentation of configs/cityscapes.py (scale, crop to 513²,
+flip).
 """
 
 import argparse
@@ -70,11 +71,12 @@ def main() -> None:
     config = cityscapes.get_config()
     augment = Augment(tuple(config.crop_size), tuple(config.augment.scale), (124, 116, 104))
     stored_labels, rng = encode_png(labels), np.random.default_rng(0)
+    option = f" --image={arguments.image.name}" if arguments.image else ""
     lines = [
         "# Decoding 2048×1024 images",
         "",
-        f"`python benchmarks/decoding.py{f' --image={arguments.image.name}' * bool(arguments.image)}"
-        f"`, {machine.describe()} One thread, OpenCV {cv2.__version__}.",
+        f"`python benchmarks/decoding.py{option}`, {machine.describe()} "
+        f"One thread, OpenCV {cv2.__version__}.",
         "",
         "| stored as | MB | decoded, images/s | examples/s, augmented to 513² |",
         "| --- | --- | --- | --- |",

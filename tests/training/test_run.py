@@ -385,6 +385,7 @@ def ported_config(finished):
     return config
 
 
+@pytest.mark.slow
 def test_a_ported_protoseg_is_a_run(finished, authors_file, tmp_path):
     """Scored as it is, then projected, fine-tuned and pruned."""
     config = ported_config(finished)

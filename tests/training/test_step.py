@@ -167,6 +167,7 @@ def test_several_devices_learn_what_one_learns(devices):
     assert_same_after_sgd(sgd(1), sgd(devices))
 
 
+@pytest.mark.slow
 def test_multi_scale_losses_are_the_mean_over_the_outputs():
     """Each output's own labels and loss; several devices and micro-batches compute the same."""
     config = make_config()

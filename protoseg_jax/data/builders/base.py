@@ -1,9 +1,9 @@
 """What the builders share: preparing a data set once, quietly, and reading it back.
 
 A prepared data set is TFDS's ArrayRecord folder `CACHE/NAME-FINGERPRINT/NAME/VERSION/`. An example
-is {"image_id": text, "image": the image's original encoded bytes, "label": 8-bit grey PNG with
-void 255, "parts": (where the data set has them) 8-bit grey PNG}. Encoded bytes, because an array
-given to TFDS's Image feature makes it import TensorFlow, which this project does not need.
+is {"image_id": text, "image": encoded bytes, as found unless a builder says so, "label": 8-bit grey
+PNG with void 255, "parts": (where the data set has them) 8-bit grey PNG}. Encoded bytes, because an
+array given to TFDS's Image feature makes it import TensorFlow, which this project does not need.
 """
 
 import abc
@@ -265,6 +265,12 @@ def encode_png(array: UInt8[np.ndarray, "h w *c"]) -> bytes:
     if array.ndim == 3:
         array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".png", array)
+    return encoded.tobytes()
+
+
+def uncompressed(data: bytes) -> bytes:
+    """An encoded image as BMP, which takes next to nothing to decode."""
+    _, encoded = cv2.imencode(".bmp", cv2.cvtColor(decode_image(data), cv2.COLOR_RGB2BGR))
     return encoded.tobytes()
 
 

@@ -5,6 +5,9 @@
 * or a folder of TFDS's `cityscapes/semantic_segmentation`, prepared as ArrayRecord.
 
 Label ids become the 19 train ids, all others void. The test labels are dummies: it has none.
+
+Training images are stored uncompressed, in 19 GB: a core makes 66 training examples a second of
+them, but 18 of PNGs, and would starve a GPU (benchmarks/results/decoding.md).
 """
 
 import json
@@ -18,7 +21,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from protoseg_jax.data.builders import files
-from protoseg_jax.data.builders.base import Example, SegmentationBuilder, file_stamp
+from protoseg_jax.data.builders.base import (
+    Example,
+    SegmentationBuilder,
+    file_stamp,
+    uncompressed,
+)
 from protoseg_jax.data.label_sets import CITYSCAPES, CITYSCAPES_IDS, VOID
 from protoseg_jax.errors import UserError
 
@@ -72,6 +80,8 @@ class Cityscapes(SegmentationBuilder):
         for image_id, image, label in self._read[split]:
             data = image()
             size = files.image_size(data, image_id)
+            if split == "train":
+                data = uncompressed(data)
             if label is None:
                 yield Example(image_id, data, np.full(size, VOID, np.uint8))
                 continue
