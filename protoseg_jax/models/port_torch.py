@@ -36,6 +36,7 @@ from flax import traverse_util
 from protoseg_jax.errors import UserError
 from protoseg_jax.models.prototypes import equal_blocks
 from protoseg_jax.models.resnet import BLOCKS
+from protoseg_jax.workdir import write_atomically
 
 BATCH_NORM_EPSILON = 1e-5
 _CLEAR = 0.25  # by how much a prototype's largest weight must lead to tell its class
@@ -168,8 +169,6 @@ def save(ported: Ported, path: str | Path) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    from protoseg_jax.workdir import write_atomically
-
     trees = {"params": ported.params, "frozen": ported.frozen}
     arrays = traverse_util.flatten_dict(trees, sep="/")
     if ported.prototype_classes is not None:
@@ -431,14 +430,13 @@ def prototype_classes(w_h: np.ndarray, where: Any) -> np.ndarray:
 def _main(source: str, target: str) -> None:
     from protoseg_jax.training import run
 
-    ported = load(source)
     if Path(target).suffix == ".npz":
-        save(ported, target)
+        save(load(source), target)
     elif _CONFIG.value is None:
         raise UserError(f"{target} is no .npz; to write a run's folder, give its --config too")
     else:
-        run.write_ported(_CONFIG.value, ported, target)
-    print(f"{source}: {ported.origin} ResNet-{ported.depth} → {target}")
+        run.write_ported(_CONFIG.value, source, target)
+    print(f"{source} → {target}")
 
 
 if __name__ == "__main__":

@@ -641,41 +641,46 @@ def settle(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
     They follow the weights (METHOD): those of `pretrained.path`; without weights torchvision's. A
     run that goes on keeps what it was started with.
     """
-    keys = [k for k in ("stride_in", "preprocessing") if config.model[k] == "auto"]
-    if not keys:
+    if "auto" not in (config.model.stride_in, config.model.preprocessing):
         return
     if (workdir.path / "config.json").is_file():
-        settled = workdir.config().model
-    else:
-        path = config.pretrained.path
-        settled = port_torch.ORIGINS[port_torch.load(path).origin if path else "torchvision"]
-    for key in keys:
-        config.model[key] = getattr(settled, key)
+        return _follow(config, workdir.config().model)
+    path = config.pretrained.path
+    _follow(config, port_torch.ORIGINS[port_torch.load(path).origin if path else "torchvision"])
 
 
-def write_ported(
-    config: ml_collections.ConfigDict, ported: port_torch.Ported, workdir: str
+def _follow(
+    config: ml_collections.ConfigDict, settled: port_torch.Origin | ml_collections.ConfigDict
 ) -> None:
-    """Write a trained ProtoSeg's weights as a run whose joint phase is finished.
-
-    Raises:
-      UserError: the weights are no ProtoSeg or do not fit the config, or the folder is in use.
-    """
-    if ported.prototype_classes is None:
-        raise UserError(
-            f"only a trained ProtoSeg makes a run's folder, not a {ported.origin} ResNet; write an "
-            ".npz and set --config.pretrained.path to it"
-        )
-    origin = port_torch.ORIGINS[ported.origin]
     for key in ("stride_in", "preprocessing"):
         if config.model[key] == "auto":
-            config.model[key] = getattr(origin, key)
-    config.phases.warmup.steps = 0
+            config.model[key] = getattr(settled, key)
+
+
+def write_ported(config: ml_collections.ConfigDict, source: str, workdir: str) -> None:
+    """Write the weights of a trained ProtoSeg as a run whose joint phase is finished.
+
+    Args:
+      config: of the run.
+      source: the weights file.
+      workdir: the run's folder, which must be new.
+
+    Raises:
+      UserError: the weights are no ProtoSeg or do not fit the config, or the folder holds
+        something.
+    """
+    ported = port_torch.load(source)
+    if ported.prototype_classes is None:
+        raise UserError(
+            f"{source} is a {ported.origin} ResNet, and only a trained ProtoSeg makes a run's "
+            "folder; write an .npz and set --config.pretrained.path to it"
+        )
     folder = Workdir(workdir)
     if (folder.path / "config.json").exists():
         raise UserError(f"{workdir} holds a run already; name another folder")
-    run = Run(config, folder)
-    start = run.with_weights(ported, "given")
+    _follow(config, port_torch.ORIGINS[ported.origin])
+    config.phases.warmup.steps = 0
+    start = Run(config, folder).with_weights(ported, source)
     folder.start(config, manifest(config))
     try:
         folder.save(dataclasses.replace(start, phase="joint", step=config.phases.joint.steps))

@@ -1,5 +1,8 @@
 """Ported weights: every tensor accounted for, files of all kinds, and what is refused."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -147,3 +150,32 @@ def test_classes_of_whole_and_pruned_models():
     unclear[2] = 0.1
     with pytest.raises(UserError, match="class of prototype 2 is not clear"):
         port_torch.prototype_classes(unclear, "made.pth")
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "protoseg_jax.models.port_torch", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def test_the_command(tmp_path):
+    safetensors.numpy.save_file(resnet(), tmp_path / "resnet.safetensors")
+    result = command(tmp_path / "resnet.safetensors", tmp_path / "ours.npz")
+    assert result.returncode == 0, result.stderr
+    got, expected = port_torch.load(tmp_path / "ours.npz"), port_torch.port(resnet(), "made")
+    jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "SRC DST missing"),
+        (["a.pth"], "DST missing"),
+        (["a.pth", "b.npz", "c"], "unexpected argument 'c'"),
+        (["/nowhere.pth", "b.npz"], "/nowhere.pth does not exist"),
+        (["a.pth", "folder"], "give its --config too"),
+    ],
+)
+def test_bad_commands_are_one_line(arguments, words):
+    result = command(*arguments)
+    assert result.returncode == 2 and words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

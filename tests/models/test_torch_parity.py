@@ -85,14 +85,16 @@ def test_aspp_and_its_gradients():
         (101, 64, (6, 12, 18, 24), (321, 321)),
         (101, 64, (6, 12, 18, 24), (200, 512)),
         pytest.param(101, 64, (6, 12, 18, 24), (513, 513), marks=pytest.mark.slow),
-        pytest.param(101, 64, (6, 12, 18, 24), (1024, 2048), marks=pytest.mark.slow),
     ],
     ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x),
 )
 def test_whole_network(stride_in, depth, width, rates, size):
-    if size == (1024, 2048) and stride_in == "3x3":
-        pytest.skip("the full size is compared once, in the Caffe style")
     compare(cases.whole_network(stride_in, depth, width, rates, size))
+
+
+@pytest.mark.slow
+def test_whole_network_at_cityscapes_size():
+    compare(cases.whole_network("1x1", 101, 64, (6, 12, 18, 24), (1024, 2048)))
 
 
 @pytest.mark.parametrize("size", [(97, 80), (64, 105), (321, 321)], ids=str)

@@ -389,7 +389,7 @@ def ported_config(finished):
 def test_a_ported_protoseg_is_a_run(finished, authors_file, tmp_path):
     """Scored as it is, then projected, fine-tuned and pruned."""
     config = ported_config(finished)
-    runs.write_ported(config, port_torch.load(authors_file), str(tmp_path / "work"))
+    runs.write_ported(config, str(authors_file), str(tmp_path / "work"))
     folder = Workdir(tmp_path / "work")
     assert folder.config().model.stride_in == "1x1"
     assert folder.config().model.preprocessing == "imagenet"
@@ -403,7 +403,7 @@ def test_a_ported_protoseg_is_a_run(finished, authors_file, tmp_path):
     frozen = folder.restore("finetune_pruned").arrays["frozen"]
     assert same_params(frozen, expected.frozen)
     with pytest.raises(UserError, match="holds a run already"):
-        runs.write_ported(config, expected, str(folder.path))
+        runs.write_ported(config, str(authors_file), str(folder.path))
 
 
 def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_path, capsys):
