@@ -34,7 +34,6 @@ from protoseg_jax.prototypes import patch_search  # noqa: E402
 from protoseg_jax.training import phases  # noqa: E402
 from protoseg_jax.training import step as steps  # noqa: E402
 from protoseg_jax.training.run import feature_sizes, settle  # noqa: E402
-from protoseg_jax.workdir import Workdir  # noqa: E402
 
 # Name: config, classes, label size, images projected from and evaluated on.
 SETS = {
@@ -63,7 +62,7 @@ class Case:
         module, self.classes, self.label_size, *_ = SETS[name]
         self.config: ml_collections.ConfigDict = module.get_config()
         self.config.compute_dtype = dtype
-        settle(self.config, Workdir(ROOT / "none"))
+        settle(self.config)
         self.owners = equal_blocks(10 * self.classes, self.classes)
         self.inference = inferences.from_config(self.config, self.classes, len(self.owners))
         self.pool = DevicePool(jax.local_devices()[:1])

@@ -14,7 +14,7 @@ ROWS = ("imagenet", "coco", "no_diversity", "deeplab")
 
 def get_config(row: str = "imagenet") -> ConfigDict:
     if row not in ROWS:
-        raise ValueError(f"configs/pascal.py has no row {row!r}; it has {', '.join(ROWS)}")
+        raise ValueError(f"there is no row {row!r}, but {', '.join(ROWS)}")
     c = ConfigDict()
     c.seed = 0
     c.batch_size = 10

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import UserError, reason
 
 AXIS = "devices"
 _PEER_TIMEOUT = 30  # seconds without a sign of life after which a peer counts as dead
@@ -68,10 +68,9 @@ def start_processes() -> None:
             shutdown_timeout_seconds=_PEER_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"the processes of this run did not find each other ({reason}); see that all were "
-            "started, with the same coordinator address and each with its own number"
+            f"the processes of this run did not find each other ({reason(error)}); see that all "
+            "were started, with the same coordinator address and each with its own number"
         ) from error
 
 

@@ -26,6 +26,12 @@ def full_disk(error: BaseException) -> bool:
     return any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
 
 
+def reason(error: BaseException) -> str:
+    """Why, in a few words, for a `UserError` about what another exception met."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text.splitlines()[0][:120] if text else type(error).__name__
+
+
 def _one_line(error: BaseException) -> str:
     text = str(error)
     if "Traceback (most recent call last)" in text:  # ml_collections, of an error in a config file

@@ -3,11 +3,13 @@
     python -m protoseg_jax.tables DIR …
 
 Each DIR is a run's folder. A run counts for the row that its config is (data set, weights, λ_J,
-head); several runs of a row give mean ± sample deviation. Rows without a finished run say "not
-run". All figures are per cent, on validation unless a column says test.
+head) if it follows the paper's recipe; what does not is named below the tables. Several runs of a
+row give mean ± sample deviation; rows without a finished run say "not run". All figures are per
+cent, on validation unless a column says test.
 """
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,19 +19,53 @@ from protoseg_jax.workdir import Workdir
 
 NOT_RUN = "not run"
 _SETS = {"voc": "Pascal VOC 2012", "cityscapes": "Cityscapes", "isbi_em": "EM (ISBI 2012)"}
+# Section 4, of Pascal and Cityscapes: without it a figure cannot stand beside the paper's.
+_RECIPE = {
+    "batch_size": 10,
+    "model.depth": 101,
+    "model.features": 64,
+    "model.prototypes_per_class": 10,
+    "phases.warmup.steps": 30_000,
+    "phases.joint.steps": 30_000,
+    "phases.finetune.steps": 2_000,
+    "phases.finetune_pruned.steps": 2_000,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the tables need of a run: its config (flat sections) and its finished phases."""
+    """What the tables need of a run.
+
+    Attributes:
+      config: config.json.
+      phases: the entries of summary.json by phase.
+    """
 
     config: dict[str, Any]
     phases: dict[str, dict[str, Any]]
 
     @property
+    def deviations(self) -> list[str]:
+        """How the config departs from the paper's recipe."""
+        if self.config["data"]["name"] not in ("voc", "cityscapes"):
+            return []
+        found = []
+        for key, wanted in _RECIPE.items():
+            value = functools.reduce(
+                lambda section, k: section.get(k, {}), key.split("."), self.config
+            )
+            if value != wanted:
+                found.append(f"{key} is {value}, not {wanted}")
+        if not self.config["pretrained"]["path"]:
+            found.append("no pretrained weights")
+        return found
+
+    @property
     def row(self) -> tuple[str, str]:
         """(data set, kind): "imagenet", "coco", "no_diversity", "deeplab"; "other" for the rest."""
         config, name = self.config, self.config["data"]["name"]
+        if self.deviations:
+            return name, "other"
         if config["model"]["head"] == "linear":
             return name, "deeplab"
         if config["loss"]["diversity"] == 0:
@@ -180,7 +216,7 @@ def _main(*folders: str) -> None:
     known |= {("isbi_em", kind) for kind, *_ in TABLE_4}
     for folder, run in zip(folders, runs, strict=True):
         if run.row not in known:
-            print(f"\n{folder} is of no row ({', '.join(run.row)}).")
+            print(f"\n{folder} is of no row ({'; '.join(run.deviations) or ', '.join(run.row)}).")
         elif not run.last:
             print(f"\n{folder} is not finished ({', '.join(run.phases) or 'no phase yet'}).")
 

@@ -35,7 +35,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 
 from protoseg_jax.devices import barrier, is_main
-from protoseg_jax.errors import UserError, full_disk
+from protoseg_jax.errors import UserError, full_disk, reason
 
 # Keys a user may change when a run goes on: paths, logging. (And the steps of unfinished phases.)
 _FREE_KEYS = (
@@ -301,10 +301,9 @@ class Workdir:
             arrays.setdefault("frozen", {})
             return Checkpoint(arrays=arrays, **meta)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DamagedCheckpoint(
-                f"checkpoint {path} is damaged ({reason}); start train.py again on this workdir to "
-                "go on from the one before it"
+                f"checkpoint {path} is damaged ({reason(error)}); start train.py again on this "
+                "workdir to go on from the one before it"
             ) from error
 
     def latest(self, phase: str) -> str | None:
@@ -328,8 +327,8 @@ class Workdir:
                     barrier(f"{name} was read")
                     if is_main():
                         self._set_aside(name, aside)
-                        reason = str(error).partition(";")[0]
-                        print(f"warning: {reason}; moved to {aside}", file=sys.stderr)
+                        what = str(error).partition(";")[0]
+                        print(f"warning: {what}; moved to {aside}", file=sys.stderr)
                     barrier(f"{name} was set aside")
         return None
 

@@ -10,7 +10,6 @@ from protoseg_jax import inference as inferences
 from protoseg_jax.data import label_sets
 from protoseg_jax.training import phases
 from protoseg_jax.training.run import feature_sizes, settle
-from protoseg_jax.workdir import Workdir
 
 NAMES = sorted(p.stem for p in (Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 KEYS = """seed batch_size accumulate compute_dtype data.name data.dir data.cache crop_size eval_size
@@ -19,12 +18,12 @@ loss.diversity loss.l1 loss.diversity_reduction log_every eval_every checkpoint_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_keys_network_and_phases(name, tmp_path):
+def test_keys_network_and_phases(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     for key in KEYS:
         section, _, last = key.rpartition(".")
         assert last in (config[section] if section else config), key
-    settle(config, Workdir(tmp_path / "none"))
+    settle(config)
     assert [p.name for p in phases.from_config(config)] == list(phases.ORDER)
     inferences.from_config(config, 3, 30)
 
@@ -36,9 +35,9 @@ def test_keys_network_and_phases(name, tmp_path):
         (cityscapes, label_sets.CITYSCAPES, [(65, 65)], (129, 257)),
     ],
 )
-def test_the_paper_s_sizes(module, classes, training, evaluation, tmp_path):
+def test_the_paper_s_sizes(module, classes, training, evaluation):
     config = module.get_config()
-    settle(config, Workdir(tmp_path / "none"))
+    settle(config)
     assert (config.model.stride_in, config.model.preprocessing) == ("3x3", "imagenet")
     inference = inferences.from_config(config, len(classes), 10 * len(classes))
     assert feature_sizes(inference, config.crop_size) == training
@@ -47,7 +46,7 @@ def test_the_paper_s_sizes(module, classes, training, evaluation, tmp_path):
 
 @pytest.mark.parametrize("module", [pascal, cityscapes])
 def test_the_paper_s_rows(module):
-    rows = {row: module.get_config(row) for row in module.ROWS}
+    rows = {row: module.get_config(row) for row in pascal.ROWS}
     assert [p.steps for p in phases.from_config(rows["imagenet"])] == [
         30000,
         30000,

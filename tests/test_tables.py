@@ -6,20 +6,30 @@ import sys
 
 import pytest
 
+from configs import pascal
 from protoseg_jax import tables
 
 
 def make_run(
-    root, name, data, miou, *, diversity=0.25, head="prototypes", preprocessing="imagenet"
+    root,
+    name,
+    data,
+    miou,
+    *,
+    diversity=0.25,
+    head="prototypes",
+    preprocessing="imagenet",
+    steps=30_000,
 ):
     phases = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
     if head == "linear":
         phases = phases[:2]
-    config = {
-        "data": {"name": data},
-        "model": {"head": head, "preprocessing": preprocessing},
-        "loss": {"diversity": diversity},
-    }
+    config = json.loads(pascal.get_config().to_json())
+    config["data"]["name"] = data
+    config["model"].update({"head": head, "preprocessing": preprocessing})
+    config["loss"]["diversity"] = diversity
+    config["pretrained"]["path"] = "weights.pth"
+    config["phases"]["joint"]["steps"] = steps
     summary = [
         {
             "phase": phase,
@@ -61,6 +71,14 @@ def test_figures_are_in_their_places(tmp_path):
     assert cells(text, "Pascal", "`finetune`")[3:] == ["201", "197 ± 0", "72.00", "64.00 ± 1.41"]
     assert cells(text, "Cityscapes", "`warmup`")[4] == tables.NOT_RUN
     assert cells(text, "ProtoSeg (U-Net)")[1:] == ["76.58", "75.00", "5.40", "5.00"]
+
+
+def test_a_shortened_run_does_not_stand_beside_the_paper(tmp_path):
+    folder = make_run(tmp_path, "smoke", "voc", 0.9, steps=3)
+    command = [sys.executable, "-m", "protoseg_jax.tables", folder]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "90.0" not in result.stdout and "95.0" not in result.stdout
+    assert f"{folder} is of no row (phases.joint.steps is 3, not 30000)" in result.stdout
 
 
 def test_without_runs_nothing_is_claimed():

@@ -33,7 +33,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import UserError, reason
 from protoseg_jax.models.prototypes import equal_blocks
 from protoseg_jax.models.resnet import BLOCKS
 from protoseg_jax.workdir import write_atomically
@@ -158,7 +158,7 @@ def _read_npz(path: Path) -> Ported:
         return Ported(origin, depth, trees["params"], trees["frozen"], classes)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"weights file {path} is not one of port_torch's ({_reason(error)}); make it again "
+            f"weights file {path} is not one of port_torch's ({reason(error)}); make it again "
             "with python -m protoseg_jax.models.port_torch"
         ) from error
 
@@ -183,13 +183,9 @@ def save(ported: Ported, path: str | Path) -> None:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"weights file {path} cannot be read ({_reason(error)}); it is cut short or of another "
+        f"weights file {path} cannot be read ({reason(error)}); it is cut short or of another "
         "kind than its name says: fetch it again"
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
 # -- names -------------------------------------------------------------------------------------
@@ -332,10 +328,11 @@ def port(tensors: Tensors, where: Any) -> Ported:
         )
     depth, account = depths[blocks], _Account(tensors)
     stem = tensors.get(names(("conv1",))[0] + ".weight")
-    params, frozen = _backbone(account, names, depth, len(stem) if stem is not None else 64)
+    width = stem.shape[0] if stem is not None and stem.ndim else 64
+    params, frozen = _backbone(account, names, depth, width)
     ported = Ported(origin, depth, {"backbone": params}, {"backbone": frozen})
     if origin == "protoseg":
-        _add_protoseg(account, ported, channels=32 * len(stem))
+        _add_protoseg(account, ported, channels=32 * width)
     account.settle(where, f"{origin} ResNet-{depth}", lambda name: _ignored(name, origin))
     if origin == "protoseg":
         ported.prototype_classes = prototype_classes(ported.params["head"]["kernel"], where)

@@ -513,7 +513,7 @@ class Run:
         if len(kept) < len(summary):
             self.workdir.write_summary(kept)
         scored = [entry["phase"] for entry in kept]
-        if scored == names:
+        if scored[-1:] == names[-1:]:  # a ported run has no warm-up
             say(f"this run is finished ({self.workdir.path}); name another --workdir for a new one")
         elif state:
             say(f"going on in phase {state.phase} after step {state.step}")
@@ -635,7 +635,7 @@ def manifest(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def settle(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
+def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> None:
     """Replace "auto" in `model.stride_in` and `model.preprocessing`, in place.
 
     They follow the weights (METHOD): those of `pretrained.path`; without weights torchvision's. A
@@ -643,7 +643,7 @@ def settle(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
     """
     if "auto" not in (config.model.stride_in, config.model.preprocessing):
         return
-    if (workdir.path / "config.json").is_file():
+    if workdir and (workdir.path / "config.json").is_file():
         return _follow(config, workdir.config().model)
     path = config.pretrained.path
     _follow(config, port_torch.ORIGINS[port_torch.load(path).origin if path else "torchvision"])
@@ -679,7 +679,6 @@ def write_ported(config: ml_collections.ConfigDict, source: str, workdir: str) -
     if (folder.path / "config.json").exists():
         raise UserError(f"{workdir} holds a run already; name another folder")
     _follow(config, port_torch.ORIGINS[ported.origin])
-    config.phases.warmup.steps = 0
     start = Run(config, folder).with_weights(ported, source)
     folder.start(config, manifest(config))
     try:

@@ -131,11 +131,7 @@ def torchvision_resnet(size, folder):
 
 
 def torchvision_models():
-    """torchvision's models, which want no operators: those may not load beside a CPU PyTorch.
-
-    Raises:
-      ImportError: torchvision is not installed.
-    """
+    """torchvision's models, which want no operators: those may not load beside a CPU PyTorch."""
     try:
         import torchvision
     except RuntimeError:

@@ -1,5 +1,7 @@
 """The whole network against a PyTorch counterpart, written here from the method."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,13 +105,13 @@ def test_multi_scale_maps(size):
     compare(cases.multi_scale(size))
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None,
+    reason="torchvision is not installed (pip install --no-deps torchvision)",
+)
 @pytest.mark.parametrize("size", [(321, 321), (128, 224)], ids=str)
 def test_torchvision_s_own_resnet(size, tmp_path):
     """Its architecture, our dilation and ceil-mode pooling, its state dict through a .pth file."""
-    try:
-        cases.torchvision_models()
-    except ImportError:
-        pytest.skip("torchvision is not installed (pip install --no-deps torchvision)")
     compare(cases.torchvision_resnet(size, tmp_path))
 
 

@@ -386,7 +386,7 @@ def ported_config(finished):
 
 
 @pytest.mark.slow
-def test_a_ported_protoseg_is_a_run(finished, authors_file, tmp_path):
+def test_a_ported_protoseg_is_a_run(finished, authors_file, tmp_path, capsys):
     """Scored as it is, then projected, fine-tuned and pruned."""
     config = ported_config(finished)
     runs.write_ported(config, str(authors_file), str(tmp_path / "work"))
@@ -400,6 +400,8 @@ def test_a_ported_protoseg_is_a_run(finished, authors_file, tmp_path):
     assert [p["class"] for p in got.prototypes] == [0, 0, 0, 1, 1, 2, 2, 2]
     runs.train(config, str(folder.path))
     assert [e["phase"] for e in folder.summary()] == PHASES[1:]
+    runs.train(config, str(folder.path))
+    assert "this run is finished" in capsys.readouterr().err
     frozen = folder.restore("finetune_pruned").arrays["frozen"]
     assert same_params(frozen, expected.frozen)
     with pytest.raises(UserError, match="holds a run already"):
@@ -517,7 +519,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path):
         ("train.py", ["--config=configs/demo.py", "--config.seed=x"], "seed"),
         ("train.py", ["--config=configs/demo.py", "--smok"], "smok"),
         ("train.py", [], "no --config given"),
-        ("train.py", ["--config=configs/pascal.py:nothing"], "no row 'nothing'; it has imagenet"),
+        ("train.py", ["--config=configs/pascal.py:nothing"], "no row 'nothing', but imagenet"),
         ("eval.py", ["--workdir=/nowhere/at/all"], "holds no run"),
     ],
 )

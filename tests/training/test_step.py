@@ -69,6 +69,20 @@ def make_batch(size=8):
     }
 
 
+def mapped_step(pool, inference, phase, config, *, accumulate=1, sizes=((5, 5),)):
+    return pool.map(
+        steps.make_step(
+            inference,
+            phase,
+            prototype_classes=equal_blocks(C * K, C),
+            num_classes=C,
+            loss_config=config.loss,
+            accumulate=accumulate,
+            feature_sizes=sizes,
+        )
+    )
+
+
 @functools.cache
 def run(phase_name, devices, accumulate=1, count=1, reduction="present"):
     pool = DevicePool(jax.local_devices()[:devices])
@@ -105,17 +119,7 @@ def run_on(pool, phase_name, accumulate=1, count=1, reduction="present", batch=N
     """(state, metrics) after `count` steps on a batch (its part, with several processes)."""
     config, phase = make_config(diversity_reduction=reduction), PHASES[phase_name]
     inference, params = setup(config)
-    step = pool.map(
-        steps.make_step(
-            inference,
-            phase,
-            prototype_classes=equal_blocks(C * K, C),
-            num_classes=C,
-            loss_config=config.loss,
-            accumulate=accumulate,
-            feature_sizes=[(5, 5)],
-        )
-    )
+    step = mapped_step(pool, inference, phase, config, accumulate=accumulate)
     _, frozen = steps.split(params, phase)
     state = pool.replicate(steps.init_state(params, phase))
     batch = make_batch() if batch is None else batch
@@ -189,17 +193,7 @@ def test_multi_scale_losses_are_the_mean_over_the_outputs():
         terms.append(losses.mean())
     for devices, accumulate in ((1, 1), (2, 2)):
         pool = DevicePool(jax.local_devices()[:devices])
-        step = pool.map(
-            steps.make_step(
-                inference,
-                JOINT,
-                prototype_classes=equal_blocks(C * K, C),
-                num_classes=C,
-                loss_config=config.loss,
-                accumulate=accumulate,
-                feature_sizes=sizes,
-            )
-        )
+        step = mapped_step(pool, inference, JOINT, config, accumulate=accumulate, sizes=sizes)
         _, frozen = steps.split(params, JOINT)
         state = pool.replicate(steps.init_state(params, JOINT))
         _, metrics = step(state, pool.replicate(frozen), {}, pool.shard(batch))
@@ -237,17 +231,7 @@ def test_all_void_batch_is_finite():
     config = make_config()
     inference, params = setup(config)
     pool = DevicePool(jax.local_devices()[:1])
-    step = pool.map(
-        steps.make_step(
-            inference,
-            JOINT,
-            prototype_classes=equal_blocks(C * K, C),
-            num_classes=C,
-            loss_config=config.loss,
-            accumulate=1,
-            feature_sizes=[(5, 5)],
-        )
-    )
+    step = mapped_step(pool, inference, JOINT, config)
     void = {**make_batch(), "label": np.full((8, *SIZE), 255, np.uint8)}
     _, frozen = steps.split(params, JOINT)
     state = pool.replicate(steps.init_state(params, JOINT))
@@ -305,17 +289,7 @@ def test_frozen_groups_cost_nothing():
     base = forward.lower(params, data["image"]).compile().cost_analysis()["flops"]
     pool = DevicePool(jax.local_devices()[:1])
     for phase, limit in ((WARMUP, 1.25), (FINETUNE, 1.1)):
-        step = pool.map(
-            steps.make_step(
-                inference,
-                phase,
-                prototype_classes=equal_blocks(C * K, C),
-                num_classes=C,
-                loss_config=config.loss,
-                accumulate=1,
-                feature_sizes=[(5, 5)],
-            )
-        )
+        step = mapped_step(pool, inference, phase, config)
         _, frozen = steps.split(params, phase)
         state = pool.replicate(steps.init_state(params, phase))
         lowered = step.lower(state, pool.replicate(frozen), {}, pool.shard(data))

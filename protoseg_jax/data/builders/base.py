@@ -28,7 +28,7 @@ from absl import logging
 from jaxtyping import UInt8
 
 from protoseg_jax.data.label_sets import VOID, LabelSet
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import UserError, reason
 
 _FORMAT = 1  # part of every fingerprint; raise it when what is stored changes
 _PIXEL_FEATURES = ("image", "label", "parts")
@@ -163,7 +163,7 @@ class Source:
             builder = tfds.builder_from_directory(self._data_dir)
         except OSError as error:
             raise UserError(
-                f"prepared data {self._data_dir} cannot be read ({_reason(error)}); start the same "
+                f"prepared data {self._data_dir} cannot be read ({reason(error)}); start the same "
                 "command again to have it prepared again"
             ) from error
         stored = [name for name in _PIXEL_FEATURES if name in builder.info.features]
@@ -256,21 +256,20 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
     return os.fspath(path), status.st_size, status.st_mtime_ns
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error).splitlines()[0]
-
-
 def encode_png(array: UInt8[np.ndarray, "h w *c"]) -> bytes:
     """8-bit grey [h w] or RGB [h w 3] as PNG."""
+    return _encode(array, ".png")
+
+
+def encode_bmp(array: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """RGB as BMP: not compressed, it takes next to nothing to decode."""
+    return _encode(array, ".bmp")
+
+
+def _encode(array: UInt8[np.ndarray, "h w *c"], suffix: str) -> bytes:
     if array.ndim == 3:
         array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
-    _, encoded = cv2.imencode(".png", array)
-    return encoded.tobytes()
-
-
-def uncompressed(data: bytes) -> bytes:
-    """An encoded image as BMP, which takes next to nothing to decode."""
-    _, encoded = cv2.imencode(".bmp", cv2.cvtColor(decode_image(data), cv2.COLOR_RGB2BGR))
+    _, encoded = cv2.imencode(suffix, array)
     return encoded.tobytes()
 
 

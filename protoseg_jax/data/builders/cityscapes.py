@@ -7,7 +7,7 @@
 Label ids become the 19 train ids, all others void. The test labels are dummies: it has none.
 
 Training images are stored uncompressed, in 19 GB: a core makes 66 training examples a second of
-them, but 18 of PNGs, and would starve a GPU (benchmarks/results/decoding.md).
+them, but 17 to 21 of PNGs, and would starve a GPU (benchmarks/results/decoding.md).
 """
 
 import json
@@ -24,11 +24,11 @@ from protoseg_jax.data.builders import files
 from protoseg_jax.data.builders.base import (
     Example,
     SegmentationBuilder,
+    encode_bmp,
     file_stamp,
-    uncompressed,
 )
 from protoseg_jax.data.label_sets import CITYSCAPES, CITYSCAPES_IDS, VOID
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import UserError, reason
 
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _ZIPS = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
@@ -56,7 +56,7 @@ class Cityscapes(SegmentationBuilder):
         self.label_set = CITYSCAPES
         root = Path(data_dir).expanduser().absolute()
         files.require_folder(root, self.name, _LAYOUT)
-        if (root / "features.json").is_file():
+        if (root / "dataset_info.json").is_file():
             self._read, stamps = _prepared_by_tfds(root)
         elif all((root / name).is_file() for name in _ZIPS):
             stamps = [file_stamp(root / name) for name in _ZIPS]
@@ -79,9 +79,10 @@ class Cityscapes(SegmentationBuilder):
         table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
         for image_id, image, label in self._read[split]:
             data = image()
-            size = files.image_size(data, image_id)
+            pixels = files.read_image(data, image_id)
+            size = pixels.shape[:2]
             if split == "train":
-                data = uncompressed(data)
+                data = encode_bmp(pixels)
             if label is None:
                 yield Example(image_id, data, np.full(size, VOID, np.uint8))
                 continue
@@ -159,14 +160,20 @@ def _prepared_by_tfds(
     root: Path,
 ) -> tuple[dict[str, Iterator[tuple[str, Read, Read | None]]], list]:
     """As `_official`, from a folder that TFDS prepared."""
-    info = json.loads((root / "dataset_info.json").read_text())
+    try:
+        info = json.loads((root / "dataset_info.json").read_text())
+        builder = tfds.builder_from_directory(root)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cityscapes: {root} cannot be read as TFDS prepares it ({reason(error)}); prepare it "
+            "again"
+        ) from error
     if info.get("fileFormat") != "array_record":
         raise UserError(
             f"cityscapes: {root} is prepared as {info.get('fileFormat', 'tfrecord')}, which needs "
             "TensorFlow; where that is installed convert it with: tfds convert_format "
             f"--dataset_version_dir={root} --out_dir=NEWDIR --out_file_format=array_record"
         )
-    builder = tfds.builder_from_directory(root)
     skip = {n: tfds.decode.SkipDecoding() for n in ("image_left", "segmentation_label")}
     if not skip.keys() <= builder.info.features.keys():
         raise UserError(f"cityscapes: {root} is not TFDS's cityscapes/semantic_segmentation")

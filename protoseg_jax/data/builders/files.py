@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from protoseg_jax.data.builders.base import Example, decode_image
@@ -66,14 +67,14 @@ def decode_mask(data: bytes, where: object) -> np.ndarray:
         raise UserError(f"mask {where} does not decode; replace the file") from error
 
 
-def image_size(data: bytes, where: object) -> tuple[int, int]:
-    """(h, w) of an encoded image, which is decoded whole to see that it can be.
+def read_image(data: bytes, where: object) -> UInt8[np.ndarray, "h w 3"]:
+    """An encoded image as RGB; `where` names it in messages.
 
     Raises:
-      UserError: it cannot.
+      UserError: it does not decode.
     """
     try:
-        return decode_image(data).shape[:2]
+        return decode_image(data)
     except ValueError as error:
         raise UserError(f"image {where} does not decode; replace the file") from error
 
@@ -85,7 +86,7 @@ def read_unlabelled(stem: str, image: Path) -> Example:
       UserError: the file does not decode.
     """
     data = image.read_bytes()
-    return Example(stem, data, np.full(image_size(data, image), VOID, np.uint8))
+    return Example(stem, data, np.full(read_image(data, image).shape[:2], VOID, np.uint8))
 
 
 def read_pair(
@@ -106,7 +107,7 @@ def read_pair(
     if not mask.is_file():
         raise UserError(f"image {image} has no mask {mask}; add it or remove the image")
     data = image.read_bytes()
-    size = image_size(data, image)
+    size = read_image(data, image).shape[:2]
     raw = read_mask(mask)
     if raw.shape != size:
         raise UserError(
