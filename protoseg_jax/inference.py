@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -18,6 +19,7 @@ from protoseg_jax import models
 from protoseg_jax.data import preprocessing
 from protoseg_jax.models.protoseg import Output
 
+_ROWS, _COLUMNS = 1, 2  # axes of images [b H W 3]
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -29,11 +31,14 @@ class Inference:
       model: the Flax module.
       preprocessing: bytes → input.
       eval_size: (h, w) that every image is brought to.
+      flips: axes along which copies of an image are mirrored, whose class probabilities are
+        averaged with its own; features and distances stay the image's.
     """
 
     model: nn.Module
     preprocessing: preprocessing.Preprocessing
     eval_size: tuple[int, int]
+    flips: tuple[tuple[int, ...], ...] = ()
 
     def prepare(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
         """An image of any size → bytes at the evaluation size (host)."""
@@ -41,7 +46,15 @@ class Inference:
 
     def __call__(self, variables: Mapping[str, Any], images: UInt8[Array, "b H W 3"]) -> Output:
         """Features, squared distances and logits at the feature map's resolution (device)."""
-        return self.model.apply(variables, self.preprocessing.normalise(images))
+        images = self.preprocessing.normalise(images)
+        output = self.model.apply(variables, images)
+        if not self.flips:
+            return output
+        log_p = [jax.nn.log_softmax(output.logits)]
+        for axes in self.flips:
+            mirrored = self.model.apply(variables, jnp.flip(images, axes)).logits
+            log_p.append(jax.nn.log_softmax(jnp.flip(mirrored, axes)))
+        return output.replace(logits=jax.nn.logsumexp(jnp.stack(log_p), 0) - np.log(len(log_p)))
 
     def outputs(
         self, variables: Mapping[str, Any], images: UInt8[Array, "b h w 3"]
@@ -58,9 +71,18 @@ def from_config(
         model=models.build(
             config.model, num_classes, num_prototypes, _DTYPES[config.compute_dtype]
         ),
-        preprocessing=preprocessing.get(config.model.preprocessing),
+        preprocessing=preprocessing.from_config(config),
         eval_size=tuple(config.eval_size),
     )
+
+
+def flipped(inference: Inference, config: ml_collections.ConfigDict) -> Inference:
+    """The same with averaging over mirror images: left–right; and top–bottom, and both, where the
+    augmentation turns images, so that they have no up and down."""
+    flips = ((_COLUMNS,),)
+    if config.augment.get("turns", False):
+        flips = (*flips, (_ROWS,), (_ROWS, _COLUMNS))
+    return dataclasses.replace(inference, flips=flips)
 
 
 def shrink_labels(

@@ -2,7 +2,8 @@
 
 A uniform scale s in `scale_range` resizes an image to ⌊h·s⌋ × ⌊w·s⌋ (bilinear without
 antialiasing, labels nearest); what is smaller than the crop is padded at the bottom and right with
-the mean colour and void; then a random crop, and a horizontal flip half of the time.
+the mean colour and void; then a random crop, and a horizontal flip half of the time. Where a config
+says so, for images without an up and a down: quarter turns, and elastic deformation.
 
     python -m protoseg_jax.data.augment --config=configs/demo.py [--sheet=augmented.png]
 
@@ -15,21 +16,29 @@ import cv2
 import grain.python as grain
 import ml_collections
 import numpy as np
+from jaxtyping import Float
 
 from protoseg_jax.data import preprocessing
 from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.errors import UserError
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width)."""
 
 
+_GRID = 3  # elastic deformation's random displacements, interpolated between them
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What is drawn for one example: the scaled size, the crop within it, and whether it flips."""
+    """What is drawn for one example: the scaled size, the crop within it, whether it flips, its
+    quarter turns, and the displacements (y, x) of a coarse grid over the crop, [3 3 2], if any."""
 
     size: tuple[int, int]
     box: Box
     flip: bool
+    turns: int = 0
+    displacements: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,32 +49,59 @@ class Augment(grain.RandomMapTransform):
       crop_size: (H, W).
       scale_range: (smallest, largest) scale.
       padding_colour: RGB bytes.
+      turns: whether crops, which must be square, are turned by 0–3 quarters.
+      elastic: deviation, in pixels of the crop, of the displacements on a 3×3 grid over it, between
+        which they are interpolated bicubically (Ronneberger et al. 2015: 10 of 512²); 0 for none.
     """
 
     crop_size: tuple[int, int]
     scale_range: tuple[float, float]
     padding_colour: tuple[int, int, int]
+    turns: bool = False
+    elastic: float = 0.0
 
     def choose(self, size: tuple[int, int], rng: np.random.Generator) -> Choice:
         """Draw scale, crop and flip for an image of a size."""
         scaled = scaled_size(size, rng.uniform(*self.scale_range))
-        return Choice(scaled, crop_box(scaled, self.crop_size, rng), bool(rng.random() < 0.5))
+        box, flip = crop_box(scaled, self.crop_size, rng), bool(rng.random() < 0.5)
+        turns = int(rng.integers(4)) if self.turns else 0
+        displacements = rng.normal(0.0, self.elastic, (_GRID, _GRID, 2)) if self.elastic else None
+        return Choice(scaled, box, flip, turns, displacements)
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         choice = self.choose(element["image"].shape[:2], rng)
         image = preprocessing.resize_image(element["image"], choice.size)
         label = preprocessing.resize_labels(element["label"], choice.size)
-        image = pad_and_crop(image, choice.box, self.padding_colour)
-        label = pad_and_crop(label, choice.box, VOID)
+        if choice.displacements is None:
+            image = pad_and_crop(image, choice.box, self.padding_colour)
+            label = pad_and_crop(label, choice.box, VOID)
+        else:
+            places = displaced(choice.box, choice.displacements)
+            image = cv2.remap(
+                image, *places, cv2.INTER_LINEAR, None, cv2.BORDER_CONSTANT, self.padding_colour
+            )
+            label = cv2.remap(label, *places, cv2.INTER_NEAREST, None, cv2.BORDER_CONSTANT, VOID)
         if choice.flip:
             image, label = image[:, ::-1], label[:, ::-1]
+        image, label = np.rot90(image, choice.turns), np.rot90(label, choice.turns)
         return {"image": np.ascontiguousarray(image), "label": np.ascontiguousarray(label)}
 
 
 def from_config(config: ml_collections.ConfigDict) -> Augment:
-    """The augmentation of a run's config."""
-    fill = preprocessing.get(config.model.preprocessing).padding_colour
-    return Augment(tuple(config.crop_size), tuple(config.augment.scale), fill)
+    """The augmentation of a run's config.
+
+    Raises:
+      UserError: a crop that is not square is to be turned.
+    """
+    fill = preprocessing.from_config(config).padding_colour
+    crop, turns = tuple(config.crop_size), config.augment.get("turns", False)
+    if turns and crop[0] != crop[1]:
+        raise UserError(
+            f"crop_size={crop} is not square, so it cannot be turned; set --config.augment.turns="
+            "False or a square --config.crop_size"
+        )
+    elastic = config.augment.get("elastic", 0.0)
+    return Augment(crop, tuple(config.augment.scale), fill, turns, elastic)
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -78,6 +114,18 @@ def crop_box(size: tuple[int, int], crop: tuple[int, int], rng: np.random.Genera
     top = int(rng.integers(0, max(size[0] - crop[0], 0) + 1))
     left = int(rng.integers(0, max(size[1] - crop[1], 0) + 1))
     return top, left, crop[0], crop[1]
+
+
+def displaced(
+    box: Box, displacements: Float[np.ndarray, "g g 2"]
+) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray, "h w"]]:
+    """(x, y) of the place each pixel of a crop is taken from, smoothly displaced."""
+    top, left, height, width = box
+    smooth = cv2.resize(
+        displacements.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+    )
+    rows, cols = np.mgrid[top : top + height, left : left + width].astype(np.float32)
+    return cols + smooth[..., 1], rows + smooth[..., 0]
 
 
 def pad_and_crop(array: np.ndarray, box: Box, fill: int | tuple[int, int, int]) -> np.ndarray:
@@ -126,8 +174,10 @@ def sheet(
 
 def _main() -> None:
     from protoseg_jax.data import builders
+    from protoseg_jax.training.run import settle
 
     config = _CONFIG.value
+    settle(config)
     data = builders.from_config(config)
     colours = np.full((256, 3), 255, np.uint8)
     colours[: len(data.label_set)] = data.label_set.colours

@@ -92,6 +92,9 @@ CAMVID = LabelSet(
     ),
 )
 
+# Light and dark as in the sections: membranes dark.
+ISBI_EM = LabelSet(names=("membrane", "inside"), colours=((0, 114, 178), (240, 228, 66)))
+
 PARTS = generic(("background", "car", "house", "fish", "flower", "boat"))
 
 VOC = LabelSet(

@@ -2,13 +2,15 @@
 
 The preprocessing belongs to the weights (METHOD): ImageNet weights want RGB / 255, standardised by
 ImageNet's mean and deviation; the COCO (Caffe) weights want BGR minus the mean in 0–255. Nets
-trained from scratch use ImageNet's.
+trained from scratch use ImageNet's, or mean and deviation of their own training split ("data").
 """
 
 import dataclasses
+from typing import Any
 
 import cv2
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
@@ -46,15 +48,41 @@ _KNOWN = {
 }
 
 
-def get(name: str) -> Preprocessing:
-    """Preprocessing by the name used in configs (`model.preprocessing`).
+def from_config(config: ml_collections.ConfigDict) -> Preprocessing:
+    """Preprocessing by the name `config.model.preprocessing`.
+
+    "data" stands for the run's own `model.mean` and `model.std`, RGB in 0–255, which are measured
+    (`statistics`) when a run starts, and written to its config.
 
     Raises:
       UserError: unknown name.
     """
+    name = config.model.preprocessing
+    if name == "data":
+        return Preprocessing(tuple(config.model.mean), tuple(config.model.std))
     if name not in _KNOWN:
-        raise UserError(f"model.preprocessing={name!r} is unknown; choose from {sorted(_KNOWN)}")
+        raise UserError(
+            f"model.preprocessing={name!r} is unknown; choose from {sorted([*_KNOWN, 'data'])}"
+        )
     return _KNOWN[name]
+
+
+def statistics(source: Any) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel (RGB, 0–255) over all pixels of a split's images.
+
+    Args:
+      source: random-access examples ("image").
+    """
+    count, total, squares = 0, np.zeros(3), np.zeros(3)
+    for number in range(len(source)):
+        pixels = source[number]["image"].reshape(-1, 3).astype(np.float64)
+        count += len(pixels)
+        total += pixels.sum(0)
+        squares += np.square(pixels).sum(0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    # A channel without any contrast says nothing, whatever it is divided by.
+    return mean.tolist(), np.where(deviation > 0, deviation, 1.0).tolist()
 
 
 def resize_image(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> np.ndarray:

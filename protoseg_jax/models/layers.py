@@ -1,4 +1,6 @@
-"""Convolution and pooling with PyTorch's padding rules, so that ported weights agree."""
+"""Convolution and pooling with PyTorch's padding rules, so that ported weights agree; GroupNorm."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,24 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", he_normal_fan_out, shape).astype(self.dtype)
         return convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu & He 2018) of 16 channels a group, trained; for nets trained from scratch."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        size = math.gcd(16, c)
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        groups = x.astype(jnp.float32).reshape(b, h, w, c // size, size)
+        mean = groups.mean((1, 2, 4), keepdims=True)
+        var = jnp.square(groups - mean).mean((1, 2, 4), keepdims=True)
+        normal = ((groups - mean) * (var + 1e-5) ** -0.5).reshape(x.shape)
+        return (normal * scale + bias).astype(self.dtype)
 
 
 def convolve(

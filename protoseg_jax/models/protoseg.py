@@ -1,4 +1,4 @@
-"""ProtoSeg: backbone → ASPP → sigmoid → prototypes → last layer; and its black-box twin.
+"""ProtoSeg: backbone → ASPP or decoder → sigmoid → prototypes → last layer; and its black-box twin.
 
 With multi-scale inputs (MSC, as DeepLabv2 on Pascal) the maps before the sigmoid are the
 element-wise maximum over the image and its smaller copies; training also learns from each alone.
@@ -6,6 +6,7 @@ element-wise maximum over the image and its smaller copies; training also learns
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import flax.struct
 import jax.numpy as jnp
@@ -60,17 +61,21 @@ def pyramid(
 
 
 class ProtoSeg(nn.Module):
-    """The model of section 3.1. Groups of parameters: backbone, aspp, prototypes, head.
+    """The model of section 3.1. Groups of parameters: backbone, aspp or decoder, prototypes, head.
 
     `apply` takes any number of prototypes' worth of parameters only if built for that number: a
     pruned model is built anew.
 
     Attributes:
+      backbone: image → a map, or maps.
+      decoder: the backbone's maps → D channels; its name is its group's, "aspp" or "decoder".
       scales: of the smaller copies of an image (MSC); none by default.
     """
 
+    preserve_adopted_names: ClassVar[bool] = True  # Flax: the decoder keeps its own name
+
     backbone: nn.Module
-    aspp: nn.Module
+    decoder: nn.Module
     num_prototypes: int
     num_classes: int
     scales: tuple[float, ...] = ()
@@ -80,8 +85,8 @@ class ProtoSeg(nn.Module):
         self.head = LastLayer(self.num_classes)
 
     def maps(self, images: Float[Array, "b H W 3"]) -> list[Float[Array, "b h w d"]]:
-        """What the ASPP says before the sigmoid; see `pyramid`. Inference uses the last."""
-        return pyramid(lambda x: self.aspp(self.backbone(x)), images, self.scales)
+        """What the decoder says before the sigmoid; see `pyramid`. Inference uses the last."""
+        return pyramid(lambda x: self.decoder(self.backbone(x)), images, self.scales)
 
     def classify(self, features: Float[Array, "b h w d"]) -> Output:
         """Distances and logits of features."""
@@ -99,19 +104,22 @@ class ProtoSeg(nn.Module):
 
 
 class BlackBox(nn.Module):
-    """DeepLabv2 as published: the ASPP gives the logits. Groups of parameters: backbone, aspp.
+    """DeepLabv2 or U-Net as published: ASPP or decoder give the logits and are all groups beside
+    the backbone's.
 
     Attributes:
-      scales: as in `ProtoSeg`.
+      backbone, decoder, scales: as in `ProtoSeg`, but C channels.
     """
 
+    preserve_adopted_names: ClassVar[bool] = True
+
     backbone: nn.Module
-    aspp: nn.Module
+    decoder: nn.Module
     scales: tuple[float, ...] = ()
 
     def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
         """All that training learns from. Logits are all the features that the black box has."""
-        maps = pyramid(lambda x: self.aspp(self.backbone(x)), images, self.scales)
+        maps = pyramid(lambda x: self.decoder(self.backbone(x)), images, self.scales)
         return [Output(m, None, m) for m in (m.astype(jnp.float32) for m in maps)]
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Output:

@@ -5,14 +5,13 @@ Submodules are named after torchvision's: `conv1`, `norm1`, `layer2_0.conv1`, `l
 `layer2.0.downsample.0`, `layer2.0.downsample.1`).
 """
 
-import math
 from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from protoseg_jax.models.layers import Conv, max_pool
+from protoseg_jax.models.layers import Conv, GroupNorm, max_pool
 
 BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -37,24 +36,6 @@ class FrozenBatchNorm(nn.Module):
         scale = self.variable("frozen", "scale", jnp.ones, x.shape[-1:], jnp.float32).value
         bias = self.variable("frozen", "bias", jnp.zeros, x.shape[-1:], jnp.float32).value
         return (x * scale + bias).astype(self.dtype)
-
-
-class GroupNorm(nn.Module):
-    """GroupNorm (Wu & He 2018) of 16 channels a group, trained; for nets trained from scratch."""
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
-        size = math.gcd(16, c)
-        scale = self.param("scale", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
-        groups = x.astype(jnp.float32).reshape(b, h, w, c // size, size)
-        mean = groups.mean((1, 2, 4), keepdims=True)
-        var = jnp.square(groups - mean).mean((1, 2, 4), keepdims=True)
-        normal = ((groups - mean) * (var + 1e-5) ** -0.5).reshape(x.shape)
-        return (normal * scale + bias).astype(self.dtype)
 
 
 NORMS = {"frozen_batch": FrozenBatchNorm, "group": GroupNorm}

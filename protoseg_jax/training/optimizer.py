@@ -1,9 +1,9 @@
 """A phase's optimiser: `optax.multi_transform` over the phase's parameter groups.
 
 Section 4: Adam (β = 0.9/0.999, ε = 1e-8) with weight decay 5e-4. The decay is *coupled* L2, as in
-the released code: added to the gradient before the moments, on the backbone's convolutions and on
-the ASPP's kernels and biases; none on prototypes, none on w_h. Every phase starts with fresh
-moments.
+the released code: added to the gradient before the moments, on the backbone's (and a decoder's)
+convolutions and on the ASPP's kernels and biases; none on prototypes, none on w_h. Every phase
+starts with fresh moments.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def schedule(phase: Phase, rate: float) -> optax.Schedule:
 
 def _decayed(path: tuple, _: Any) -> bool:
     names = [key.key for key in path]
-    return names[0] == "aspp" or (names[0] == "backbone" and names[-1] == "kernel")
+    return names[0] == "aspp" or (names[0] in ("backbone", "decoder") and names[-1] == "kernel")
 
 
 def make(phase: Phase, trainable: Mapping[str, Any]) -> optax.GradientTransformation:

@@ -18,10 +18,10 @@ import dataclasses
 
 import ml_collections
 
+from protoseg_jax import models
 from protoseg_jax.errors import UserError
 
 ORDER = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
-GROUPS = ("backbone", "aspp", "prototypes", "head")
 _SEARCHES = ("projection", "pruning")
 _FINETUNES = ("finetune", "finetune_pruned")
 SMOKE_STEPS = 3
@@ -69,25 +69,33 @@ def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
     if black_box:
         steps["joint"] = steps.get("joint", 0) + sum(steps.get(n, 0) for n in _FINETUNES)
         steps = {n: s for n, s in steps.items() if n not in (*_SEARCHES, *_FINETUNES)}
-    return [_phase(config.phases[n], n, s, black_box) for n, s in steps.items() if s]
+    network = models.groups(config.model)
+    return [_phase(config.phases[n], n, s, network, black_box) for n, s in steps.items() if s]
 
 
-def _phase(section: ml_collections.ConfigDict, name: str, steps: int, black_box: bool) -> Phase:
+def _phase(
+    section: ml_collections.ConfigDict,
+    name: str,
+    steps: int,
+    network: tuple[str, ...],
+    black_box: bool,
+) -> Phase:
     if name in _SEARCHES:
         return Phase(name, kind=name, steps=1)
     rates = {group: float(rate) for group, rate in section.learning_rates.items()}
+    groups = (*network, "prototypes", "head")
     for group in rates:
-        if group not in GROUPS:
+        if group not in groups:
             raise UserError(
-                f"phases.{name}.learning_rates.{group} is no parameter group; "
-                f"the groups are {', '.join(GROUPS)}"
+                f"phases.{name}.learning_rates.{group} is no parameter group of this network; "
+                f"its groups are {', '.join(groups)}"
             )
     if section.schedule not in ("constant", "poly"):
         raise UserError(
             f"phases.{name}.schedule={section.schedule!r} is unknown; use 'constant' or 'poly'"
         )
     if black_box:
-        rates = {g: r for g, r in rates.items() if g in ("backbone", "aspp")}
+        rates = {g: r for g, r in rates.items() if g in network}
     return Phase(
         name, "train", steps, rates, section.schedule, l1=name in _FINETUNES and not black_box
     )

@@ -25,7 +25,8 @@ import tqdm
 
 import protoseg_jax
 from protoseg_jax import inference as inferences
-from protoseg_jax.data import augment, builders, pipeline
+from protoseg_jax import losses
+from protoseg_jax.data import augment, builders, pipeline, preprocessing, tiles
 from protoseg_jax.devices import (
     DevicePool,
     backend_description,
@@ -127,15 +128,29 @@ class Run:
         """c(j), [M]."""
         return np.array([p["class"] for p in prototypes], np.int64)
 
+    def class_weights(self) -> np.ndarray | None:
+        """Weights of the cross-entropy by `loss.class_balance`, or None: all alike (see losses)."""
+        power = self.config.loss.get("class_balance", 0.0)
+        pixels = self.data.class_pixels(self.config.data.train_split)
+        return losses.class_weights(pixels, power) if power else None
+
     @property
     def eval_batch_size(self) -> int:
         """Images an evaluation batch of this process: the config's, rounded up to the devices."""
         return -(-self.config.eval_batch_size // self.pool.total) * self.pool.count
 
+    def examples(self, split: str) -> builders.Source | tiles.Tiled:
+        """What evaluation and search look at, one after another: a split's images, or with
+        `eval_overlap` their tiles."""
+        source, overlap = self.data.source(split), self.config.get("eval_overlap")
+        if overlap is None:
+            return source
+        return tiles.Tiled(source, tuple(self.config.eval_size), overlap)
+
     def eval_batches(self, split: str, start: int = 0):
-        """This process's part of a split, from an image on, at evaluation preprocessing."""
+        """This process's part of `examples`, from one on, at evaluation preprocessing."""
         return pipeline.eval_batches(
-            self.data.source(split),
+            self.examples(split),
             eval_size=tuple(self.config.eval_size),
             batch_size=self.eval_batch_size,
             workers=self.config.data.workers,
@@ -159,7 +174,7 @@ class Run:
         path = self.config.pretrained.path
         if path:
             return self.with_weights(port_torch.load(path), path)
-        if self.config.model.norm == "frozen_batch":
+        if self.config.model.get("norm") == "frozen_batch":
             say(
                 "warning: model.norm is 'frozen_batch' without pretrained.path: its BatchNorms are "
                 "the identity and stay so; set --config.pretrained.path to ImageNet weights"
@@ -188,6 +203,11 @@ class Run:
           UserError: the weights are not this config's network's.
         """
         model = self.config.model
+        if model.backbone != "resnet":
+            raise UserError(
+                f"weights {path} are a {ported.origin} ResNet-{ported.depth}, but model.backbone "
+                f"is {model.backbone!r}; leave pretrained.path out"
+            )
         for key, wanted in dataclasses.asdict(port_torch.ORIGINS[ported.origin]).items():
             if model[key] != wanted:  # allowed: the released code does so with torchvision's
                 say(
@@ -212,11 +232,14 @@ class Run:
                 ours[group] = tree
         return start
 
-    def score(self, checkpoint: Checkpoint, split: str, *, overlap: bool = True) -> dict[str, Any]:
-        """Scores of a checkpoint on a split."""
+    def score(
+        self, checkpoint: Checkpoint, split: str, *, overlap: bool = True, flips: bool = False
+    ) -> dict[str, Any]:
+        """Scores of a checkpoint on a split; `flips` averages over mirror images."""
+        inference = self.inference(checkpoint.prototypes)
         return evaluation.evaluate(
             self.pool,
-            self.inference(checkpoint.prototypes),
+            inferences.flipped(inference, self.config) if flips else inference,
             variables_of(checkpoint.arrays),
             self.eval_batches(split),
             prototype_classes=self.classes_of(checkpoint.prototypes),
@@ -259,6 +282,7 @@ class Run:
                 loss_config=config.loss,
                 accumulate=config.accumulate,
                 feature_sizes=feature_sizes(inference, tuple(config.crop_size)),
+                class_weights=self.class_weights(),
             ),
             donate_argnums=(0,),
         )
@@ -353,7 +377,7 @@ class Run:
         table, done = patch_search.empty(len(classes), k, self.config.model.features), 0
         if start.phase == name:  # a search that goes on
             table, done = patch_search.Patches(**start.arrays["search"]), start.step
-        total, stride = self.data.splits[split], self.eval_batch_size * self.pool.processes
+        total, stride = len(self.examples(split)), self.eval_batch_size * self.pool.processes
         clock = _started(start, name)
 
         def after_batch(best) -> None:
@@ -412,11 +436,13 @@ class Run:
         arrays, prototypes = _keep(start, result.keep)
         arrays["params"]["prototypes"] = {"vectors": result.vectors}
         size = feature_sizes(self.inference(prototypes), tuple(self.config.eval_size))[-1]
-        source = self.data.source(self.config.data.projection_split)
+        source = self.examples(self.config.data.projection_split)
         for prototype, place in zip(prototypes, result.sources, strict=True):
             example = source[place["image"]]
             box = inferences.cell_box(place["row"], place["col"], size, example["image"].shape[:2])
             prototype.update(place, image_id=example["image_id"], box=box)
+            if isinstance(source, tiles.Tiled):
+                prototype["tile"] = list(source.places[place["image"]].corner)
         say(
             f"projection: {len(start.prototypes)} prototypes became patches, "
             f"{len(start.prototypes) - len(prototypes)} duplicates dropped"
@@ -449,6 +475,7 @@ class Run:
         size = feature_sizes(inference, eval_size)[-1]
         keys = ("index", "class", "class_name", "image_id", "row", "col", "box", "squared_distance")
         entries = [{**p, "class_name": names[p["class"]]} for p in checkpoint.prototypes]
+        in_images = [{**e, "box": _moved(e["box"], e.get("tile", (0, 0)))} for e in entries]
         write_json(
             self.workdir.path / "prototypes.json",
             {
@@ -456,14 +483,14 @@ class Run:
                 "eval_size": list(eval_size),
                 "feature_size": list(size),
                 "classes": list(names),
-                "prototypes": [{k: e[k] for k in keys} for e in entries],
+                "prototypes": [{k: e[k] for k in keys} for e in in_images],
             },
         )
         folder = self.workdir.path / "prototypes"
         folder.mkdir(exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()
-        source = self.data.source(self.config.data.projection_split)
+        source = self.examples(self.config.data.projection_split)
         infer = jax.jit(lambda v, image: similarity(inference(v, image[None]).distances)[0])
         variables = variables_of(checkpoint.arrays)
         for c, name in enumerate(names):
@@ -583,6 +610,12 @@ def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {"/".join(k): x.shape for k, x in flax.traverse_util.flatten_dict(tree).items()}
 
 
+def _moved(box: list[int], corner: tuple[int, int]) -> list[int]:
+    """A box within a tile, in the image's pixels."""
+    (y, x), (top, left, bottom, right) = corner, box
+    return [top + y, left + x, bottom + y, right + x]
+
+
 def _started(start: Checkpoint, phase: str) -> float:
     """When a phase began by the monotonic clock, had it run without a break."""
     return time.monotonic() - (start.seconds if start.phase == phase else 0.0)
@@ -638,13 +671,18 @@ def manifest(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> None:
     """Replace "auto" in `model.stride_in` and `model.preprocessing`, in place.
 
-    They follow the weights (METHOD): those of `pretrained.path`; without weights torchvision's. A
-    run that goes on keeps what it was started with.
+    They follow the weights (METHOD): those of `pretrained.path`; without weights torchvision's.
+    With preprocessing "data" mean and deviation are measured. A run that goes on keeps what it was
+    started with.
     """
-    if "auto" not in (config.model.stride_in, config.model.preprocessing):
-        return
+    model = config.model
     if workdir and (workdir.path / "config.json").is_file():
-        return _follow(config, workdir.config().model)
+        _follow(config, workdir.config().model)
+    if model.preprocessing == "data" and not model.mean:
+        training = builders.from_config(config).source(config.data.train_split)
+        model.mean, model.std = map(tuple, preprocessing.statistics(training))
+    if "auto" not in (model.get("stride_in"), model.preprocessing):
+        return
     path = config.pretrained.path
     _follow(config, port_torch.ORIGINS[port_torch.load(path).origin if path else "torchvision"])
 
@@ -652,9 +690,10 @@ def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) ->
 def _follow(
     config: ml_collections.ConfigDict, settled: port_torch.Origin | ml_collections.ConfigDict
 ) -> None:
-    for key in ("stride_in", "preprocessing"):
-        if config.model[key] == "auto":
-            config.model[key] = getattr(settled, key)
+    for key in ("stride_in", "preprocessing", "mean", "std"):
+        value = getattr(settled, key, None)
+        if value and config.model.get(key) in ("auto", ()):
+            config.model[key] = tuple(value) if isinstance(value, list) else value
 
 
 def write_ported(config: ml_collections.ConfigDict, source: str, workdir: str) -> None:
@@ -701,6 +740,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         with run.interrupts:
             run.check()
             folder.start(config, manifest(config))
+            if run.data.drawn and is_main():
+                write_json(folder.path / "split.json", run.data.drawn)
             run.go()
             barrier("the run is over")
     except BaseException as error:

@@ -1,11 +1,15 @@
 """Scoring a finished phase of a run, as eval.py does."""
 
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from protoseg_jax import inference as inferences
+from protoseg_jax.data.tiles import Tiled
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.evaluation import segmentation
@@ -14,7 +18,14 @@ from protoseg_jax.training.run import Run, variables_of
 from protoseg_jax.workdir import Workdir, write_atomically, write_json
 
 
-def score_run(workdir: str, split: str, phase: str | None, predictions: str | None) -> dict | None:
+def score_run(
+    workdir: str,
+    split: str,
+    phase: str | None,
+    predictions: str | None,
+    *,
+    flips: bool = False,
+) -> dict | None:
     """Score a run's phase on a split: print the table, write DIR/eval/SPLIT-PHASE.json.
 
     A split without labels has predictions only, and no scores.
@@ -24,6 +35,8 @@ def score_run(workdir: str, split: str, phase: str | None, predictions: str | No
       split: train, validation or test.
       phase: a finished phase; None for the last one.
       predictions: folder for predicted label PNGs (see `submissions`), or None.
+      flips: average class probabilities over mirror images; what is written is then
+        SPLIT-PHASE-flips.json, beside the plain one.
 
     Raises:
       UserError: no run there, the phase is not reached, or the split does not exist or has no
@@ -47,27 +60,31 @@ def score_run(workdir: str, split: str, phase: str | None, predictions: str | No
         )
     checkpoint = folder.restore(phase)
     if predictions:
-        write_predictions(run, checkpoint, split, Path(predictions))
+        write_predictions(run, checkpoint, split, Path(predictions), flips=flips)
     if not labelled:
         return None
     names = run.data.label_set.names
-    scores = run.score(checkpoint, split)
+    scores = run.score(checkpoint, split, flips=flips)
     result = {
         "split": split,
         "phase": phase,
         "images": run.data.splits[split],
+        "flips": flips,
         **scores,
         "iou": dict(zip(names, scores["iou"], strict=True)),
     }
     (folder.path / "eval").mkdir(exist_ok=True)
-    write_json(folder.path / "eval" / f"{split}-{phase}.json", result)
+    name = f"{split}-{phase}-flips.json" if flips else f"{split}-{phase}.json"
+    write_json(folder.path / "eval" / name, result)
     print(evaluation.class_table(result, names))
     return result
 
 
-def write_predictions(run: Run, checkpoint, split: str, out: Path) -> None:
+def write_predictions(run: Run, checkpoint, split: str, out: Path, *, flips: bool) -> None:
     """Predicted labels of a split as files, at the labels' own size (see `submissions`)."""
     inference = run.inference(checkpoint.prototypes)
+    if flips:
+        inference = inferences.flipped(inference, run.config)
 
     def predict(variables, batch):
         def one(image):
@@ -81,11 +98,30 @@ def write_predictions(run: Run, checkpoint, split: str, out: Path) -> None:
     step = run.pool.map(predict)
     variables = run.pool.replicate(variables_of(checkpoint.arrays))
     source = run.data.source(split)
-    for batch in run.eval_batches(split):
-        labels = np.asarray(step(variables, run.pool.shard(batch)))
-        labels = labels.reshape(-1, *labels.shape[2:])
-        for label, size, index in zip(labels, batch["size"], batch["index"], strict=True):
-            if index >= 0:
-                image_id = source[int(index)]["image_id"]
-                name, png = submission(run.data.name, split, image_id, label[: size[0], : size[1]])
-                write_atomically(out / name, png)
+    examples = run.examples(split)
+
+    def predictions():
+        for batch in run.eval_batches(split):
+            labels = np.asarray(step(variables, run.pool.shard(batch)))
+            labels = labels.reshape(-1, *labels.shape[2:])
+            for label, size, index in zip(labels, batch["size"], batch["index"], strict=True):
+                if index >= 0:
+                    yield int(index), label[: size[0], : size[1]]
+
+    whole = _stitched(predictions(), examples) if isinstance(examples, Tiled) else predictions()
+    for index, label in whole:
+        name, png = submission(run.data.name, split, source[index]["image_id"], label)
+        write_atomically(out / name, png)
+
+
+def _stitched(
+    predictions: Iterable[tuple[int, np.ndarray]], tiles: Tiled
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(tile's number, labels), in order → (image's number, labels) of each tile's own part."""
+    for image, group in itertools.groupby(predictions, lambda p: tiles.places[p[0]].image):
+        parts = [(tiles.places[index], label) for index, label in group]
+        whole = np.zeros(parts[-1][0].own[2:], np.uint8)  # the last tile ends at the far corner
+        for place, label in parts:
+            (top, left), (y0, x0, y1, x1) = place.corner, place.own
+            whole[y0:y1, x0:x1] = label[y0 - top : y1 - top, x0 - left : x1 - left]
+        yield image, whole

@@ -60,6 +60,7 @@ def make_step(
     loss_config: ml_collections.ConfigDict,
     accumulate: int,
     feature_sizes: Sequence[tuple[int, int]],
+    class_weights: np.ndarray | None = None,
 ) -> Callable:
     """The train step of a phase, to be mapped by `DevicePool.map`.
 
@@ -74,6 +75,7 @@ def make_step(
       accumulate: micro-batches each device's part of the batch is split into.
       feature_sizes: (h, w) of the feature map of each of the model's outputs for a training crop.
         With MSC each output has its own labels and loss, and the losses are averaged (METHOD).
+      class_weights: [C] of a point in the cross-entropy, by its class; None for the paper's.
 
     Returns:
       step(state, frozen, constants, batch) → (state, metrics): `frozen` are the other parameter
@@ -84,7 +86,7 @@ def make_step(
     diversity_weight = 0.0 if black_box else float(loss_config.diversity)
 
     def denominators(points: Int[Array, "b h w"]) -> dict[str, Float[Array, ""]]:
-        """Non-void points and (image, class) pairs of the global batch, at least 1."""
+        """Non-void points' weight and (image, class) pairs of the global batch; 1 for none."""
         pairs = jnp.zeros(())
         if not black_box:
             if loss_config.diversity_reduction == "all_classes":
@@ -92,8 +94,9 @@ def make_step(
             else:
                 present = losses.diversity_present(points, prototype_classes, num_classes)
                 pairs = present.sum().astype(jnp.float32)
-        counts = {"points": losses.valid_points(points, num_classes), "pairs": pairs}
-        return jax.tree.map(lambda n: jnp.maximum(n, 1.0), psum(counts))
+        weight = losses.valid_points(points, num_classes, class_weights)
+        sums = psum({"points": weight, "pairs": pairs})
+        return jax.tree.map(lambda n: jnp.where(n > 0, n, 1.0), sums)
 
     def loss(trainable, frozen, constants, images, points, counts):
         params = {**frozen, **trainable}
@@ -101,7 +104,8 @@ def make_step(
         terms = {"cross_entropy": jnp.zeros(()), "diversity": jnp.zeros(())}
         for output, labels, count in zip(outputs, points, counts, strict=True):
             share = len(outputs) * count["points"]
-            terms["cross_entropy"] += losses.cross_entropy_sum(output.logits, labels) / share
+            args = output.logits, labels, class_weights
+            terms["cross_entropy"] += losses.cross_entropy_sum(*args) / share
             if diversity_weight:
                 args = output.distances, labels, prototype_classes, num_classes
                 share = len(outputs) * count["pairs"]

@@ -4,16 +4,19 @@ import os
 
 import ml_collections
 
-from protoseg_jax.data.builders.base import SegmentationData
+from protoseg_jax.data.builders.base import SegmentationData, Source
 from protoseg_jax.data.builders.camvid import CamVid
 from protoseg_jax.data.builders.cityscapes import Cityscapes
 from protoseg_jax.data.builders.folder import Folder
+from protoseg_jax.data.builders.isbi_em import IsbiEm
 from protoseg_jax.data.builders.voc import Voc
 from protoseg_jax.data.label_sets import VOID
 from protoseg_jax.errors import UserError
 
+__all__ = ["SegmentationData", "Source", "from_config", "load"]
+
 _FIXED = {"camvid": CamVid, "voc": Voc, "cityscapes": Cityscapes}
-_NAMES = ("parts", *_FIXED, "folder")
+_NAMES = ("parts", *_FIXED, "isbi_em", "folder")
 
 
 def from_config(config: ml_collections.ConfigDict) -> SegmentationData:
@@ -42,10 +45,10 @@ def load(
     """A data set, prepared in the cache on first use.
 
     Args:
-      name: parts, camvid, voc, cityscapes or folder.
+      name: parts, camvid, voc, cityscapes, isbi_em or folder.
       data_dir: where its files lie (not used by parts).
       cache_dir: where prepared data sets are kept.
-      seed: of what is generated (parts) or drawn (folder's split).
+      seed: of what is generated (parts) or drawn (the splits of isbi_em and folder).
       void: folder's mask value for "no label"; 255 by default.
 
     Raises:
@@ -62,6 +65,8 @@ def load(
         builder = Parts(cache_dir=cache_dir, seed=seed)
     elif name in _FIXED:
         builder = _FIXED[name](cache_dir=cache_dir, data_dir=data_dir)
+    elif name == "isbi_em":
+        builder = IsbiEm(cache_dir=cache_dir, data_dir=data_dir, seed=seed)
     else:
         builder = Folder(
             cache_dir=cache_dir, data_dir=data_dir, seed=seed, void=VOID if void is None else void

@@ -49,7 +49,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registr
 
     TFDS keys its cache by name alone: without the fingerprint a second or changed folder would
     silently get the first one's images. Subclasses set `label_set`, `split_names` (and
-    `part_names`) before calling this class's `__init__`, and yield the examples of a split.
+    `part_names`, `drawn`) before calling this class's `__init__`, and yield a split's examples.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -57,6 +57,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registr
     label_set: LabelSet
     split_names: tuple[str, ...]
     part_names: tuple[str, ...] | None = None
+    drawn: dict[str, list[str]] | None = None
 
     def __init__(self, *, cache_dir: str | os.PathLike, source: Iterable[Any]):
         """`source` is all that decides the examples, for the fingerprint."""
@@ -203,12 +204,19 @@ class Source:
 
 
 class SegmentationData:
-    """A prepared data set: its classes, its splits, and access to their examples."""
+    """A prepared data set: its classes, its splits, and access to their examples.
+
+    Attributes:
+      name, label_set, part_names: of the builder.
+      splits: examples by split.
+      drawn: names of the images by split, where the split was drawn at random; else None.
+    """
 
     def __init__(self, builder: SegmentationBuilder):
         self.name: str = builder.name
         self.label_set: LabelSet = builder.label_set
         self.part_names: tuple[str, ...] | None = builder.part_names
+        self.drawn: dict[str, list[str]] | None = builder.drawn
         self.splits: dict[str, int] = {
             name: builder.info.splits[name].num_examples for name in builder.split_names
         }

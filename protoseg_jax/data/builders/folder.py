@@ -53,7 +53,9 @@ class Folder(SegmentationBuilder):
         self._images = files.images_in(files.require_folder(root / "images", self.name, _LAYOUT))
         self._void = int(void)
         self.label_set = generic(_class_names(root / "classes.txt"))
-        self._splits = self._listed(root) or self._drawn(seed)
+        self._splits = self._listed(root)
+        if not self._splits:
+            self._splits = self.drawn = self._draw(seed)
         self.split_names = tuple(self._splits)
         paths = [*self._images.values(), *(self._masks / f"{s}.png" for s in self._images)]
         stamps = [file_stamp(p) if p.exists() else p for p in paths]
@@ -85,7 +87,7 @@ class Folder(SegmentationBuilder):
             splits[name] = stems
         return splits
 
-    def _drawn(self, seed: int) -> dict[str, list[str]]:
+    def _draw(self, seed: int) -> dict[str, list[str]]:
         stems = list(self._images)
         if len(stems) < 2:
             raise UserError(
