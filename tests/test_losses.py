@@ -301,6 +301,26 @@ def test_cross_entropy_is_the_literal_sum():
     )
 
 
+def test_class_weights_weigh_points_by_their_class():
+    """Against a loop over points; a power of 1 gives every class the same weight in all."""
+    _, labels = example(0)
+    logits = np.random.default_rng(0).normal(size=(B, H, W, NUM_CLASSES)).astype(np.float32)
+    weights = losses.class_weights(np.array([100, 400, 25, 100, 1600]), 0.5)
+    np.testing.assert_allclose(weights, [1.0, 0.5, 2.0, 1.0, 0.25])
+    total = weight = 0.0
+    for point in np.ndindex(B, H, W):
+        c = labels[point]
+        if c < NUM_CLASSES:
+            p = np.exp(logits[point]) / np.exp(logits[point]).sum()
+            total -= weights[c] * np.log(p[c])
+            weight += weights[c]
+    np.testing.assert_allclose(losses.cross_entropy_sum(logits, labels, weights), total, rtol=1e-5)
+    np.testing.assert_allclose(losses.valid_points(labels, NUM_CLASSES, weights), weight, rtol=1e-6)
+    pixels = np.array([7, 90, 3000])
+    np.testing.assert_allclose(losses.class_weights(pixels, 1.0) * pixels, 90, rtol=1e-6)
+    np.testing.assert_array_equal(losses.class_weights(pixels, 0.0), 1)
+
+
 def test_cross_entropy_ignores_void():
     _, labels = example(1)
     logits = np.random.default_rng(1).normal(size=(B, H, W, NUM_CLASSES)).astype(np.float32)

@@ -174,14 +174,14 @@ def sheet(
 
 def _main() -> None:
     from protoseg_jax.data import builders
-    from protoseg_jax.training.run import settle
 
     config = _CONFIG.value
-    settle(config)
     data = builders.from_config(config)
     colours = np.full((256, 3), 255, np.uint8)
     colours[: len(data.label_set)] = data.label_set.colours
     source = data.source(config.data.train_split)
+    if config.model.preprocessing == "data":
+        preprocessing.measure(config.model, source)
     picture = sheet(source, from_config(config), colours, seed=config.seed)
     cv2.imwrite(_SHEET.value, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 

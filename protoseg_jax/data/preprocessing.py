@@ -52,7 +52,7 @@ def from_config(config: ml_collections.ConfigDict) -> Preprocessing:
     """Preprocessing by the name `config.model.preprocessing`.
 
     "data" stands for the run's own `model.mean` and `model.std`, RGB in 0–255, which are measured
-    (`statistics`) when a run starts, and written to its config.
+    (`measure`) when a run starts, and written to its config.
 
     Raises:
       UserError: unknown name.
@@ -65,6 +65,11 @@ def from_config(config: ml_collections.ConfigDict) -> Preprocessing:
             f"model.preprocessing={name!r} is unknown; choose from {sorted([*_KNOWN, 'data'])}"
         )
     return _KNOWN[name]
+
+
+def measure(model: ml_collections.ConfigDict, source: Any) -> None:
+    """Set a config's `model.mean` and `model.std` from a split's images."""
+    model.mean, model.std = map(tuple, statistics(source))
 
 
 def statistics(source: Any) -> tuple[list[float], list[float]]:

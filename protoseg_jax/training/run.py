@@ -88,8 +88,9 @@ class Run:
         """Refuse what would only show later.
 
         Raises:
-          UserError: the batch does not divide, a size or number is too small, a class has nothing
-            to learn from, or a new run's weights are not its network's.
+          UserError: the batch does not divide, a size or number is too small, an image is smaller
+            than a tile, a class has nothing to learn from, or a new run's weights are not its
+            network's.
         """
         config = self.config
         self.pool.check_batch(config.batch_size, config.accumulate)
@@ -106,6 +107,8 @@ class Run:
                     f"{key}={size} is too small for the backbone: it leaves fewer than 2×2 points; "
                     f"set --config.{key} to (height, width) of 8 pixels or more"
                 )
+        for split in ("validation", config.data.projection_split):
+            self.examples(split)
         for split in dict.fromkeys((config.data.train_split, config.data.projection_split)):
             pixels = self.data.class_pixels(split)
             absent = [
@@ -680,7 +683,7 @@ def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) ->
         _follow(config, workdir.config().model)
     if model.preprocessing == "data" and not model.mean:
         training = builders.from_config(config).source(config.data.train_split)
-        model.mean, model.std = map(tuple, preprocessing.statistics(training))
+        preprocessing.measure(model, training)
     if "auto" not in (model.get("stride_in"), model.preprocessing):
         return
     path = config.pretrained.path

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import ml_collections
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from protoseg_jax.data import augment
 from protoseg_jax.data.augment import Augment
 from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 GREY = (124, 116, 104)
@@ -106,3 +108,65 @@ def test_the_sheet_shows_box_crop_and_label(tmp_path):
     sheet = cv2.cvtColor(cv2.imread(str(tmp_path / "sheet.png")), cv2.COLOR_BGR2RGB)
     red = (sheet == (255, 0, 0)).all(-1)
     assert red.sum() > 8 * 4 * 100  # eight boxes, two pixels wide
+
+
+def test_turns_and_elastic_draw_after_the_rest():
+    """Scale, crop and flip do not depend on whether there is more to draw."""
+    plain = Augment((24, 24), (0.5, 1.5), GREY)
+    more = Augment((24, 24), (0.5, 1.5), GREY, turns=True, elastic=3.0)
+    turns = set()
+    for seed in range(40):
+        a, b = (x.choose((40, 33), np.random.default_rng(seed)) for x in (plain, more))
+        assert (a.size, a.box, a.flip) == (b.size, b.box, b.flip)
+        assert (a.turns, a.displacements) == (0, None) and b.displacements.shape == (3, 3, 2)
+        turns.add(b.turns)
+    assert turns == {0, 1, 2, 3}
+
+
+def test_turned_crops_are_the_crop_turned():
+    turned, plain = (Augment((24, 24), (1.0, 1.0), GREY, turns=t) for t in (True, False))
+    for seed in range(10):
+        out, expected = (
+            a.random_map(example(40, 33), np.random.default_rng(seed)) for a in (turned, plain)
+        )
+        choice = turned.choose((40, 33), np.random.default_rng(seed))
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(out[key], np.rot90(expected[key], choice.turns))
+
+
+def test_elastic_moves_image_and_labels_alike_and_smoothly():
+    """Labels still fit their pixels but at borders; nothing is moved where nothing is drawn."""
+    box = (3, 5, 60, 50)
+    cols, rows = augment.displaced(box, np.zeros((3, 3, 2)))
+    np.testing.assert_array_equal(rows[:, 0], np.arange(3, 63))
+    np.testing.assert_array_equal(cols[0], np.arange(5, 55))
+    draws = np.random.default_rng(0).normal(0, 4.0, (3, 3, 2))
+    cols, rows = augment.displaced(box, draws)
+    moved = np.hypot(rows - np.arange(3, 63)[:, None], cols - np.arange(5, 55))
+    assert 1.0 < moved.max() < 16.0
+    assert max(np.abs(np.diff(rows, 2, 0)).max(), np.abs(np.diff(cols, 2, 1)).max()) < 0.5
+
+    aug = Augment((60, 60), (1.0, 1.0), GREY, elastic=4.0)
+    same = []
+    for seed in range(10):
+        out = aug.random_map(example(80, 80), np.random.default_rng(seed))
+        valid = out["label"] != VOID
+        same.append((out["image"][valid][:, 0] == 10 * out["label"][valid]).mean())
+        plain = Augment((60, 60), (1.0, 1.0), GREY).random_map(
+            example(80, 80), np.random.default_rng(seed)
+        )
+        assert (out["label"] != plain["label"]).any()
+    # Squares of 4 pixels: about half of the pixels are away from a border.
+    assert min(same) > 0.4
+
+
+def test_only_square_crops_turn():
+    config = ml_collections.ConfigDict(
+        {
+            "crop_size": (32, 40),
+            "augment": {"scale": (1.0, 1.0), "turns": True},
+            "model": {"preprocessing": "imagenet"},
+        }
+    )
+    with pytest.raises(UserError, match="not square"):
+        augment.from_config(config)

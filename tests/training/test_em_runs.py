@@ -1,0 +1,167 @@
+"""Whole runs of U-Net on a made-up EM volume, in tiles: split, statistics, places, predictions."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sections import make_stacks
+
+from configs import isbi_em
+from protoseg_jax import inference as inferences
+from protoseg_jax.data import builders
+from protoseg_jax.errors import UserError
+from protoseg_jax.models.prototypes import similarity
+from protoseg_jax.training import phases, scoring
+from protoseg_jax.training import run as runs
+from protoseg_jax.training.run import variables_of
+from protoseg_jax.workdir import Workdir
+
+pytestmark = pytest.mark.slow
+
+SIZE = 64  # of a section; tiles are smaller
+
+
+def make_config(root, **changes):
+    config = isbi_em.get_config("cpu")
+    config.data.dir, config.data.cache = str(root / "em"), str(root / "cache")
+    config.crop_size, config.eval_size, config.eval_overlap = (48, 48), (48, 40), 16
+    config.model.update({"depth": 2, "width": 8, "features": 8, "prototypes_per_class": 3})
+    config.batch_size = config.eval_batch_size = 8
+    phases.smoke(config)
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("em")
+    make_stacks(root / "em", count=6, size=SIZE, test=2)
+    runs.train(make_config(root), str(root / "work"))
+    return root
+
+
+def test_split_and_statistics_are_in_the_run_s_folder(root):
+    split = json.loads((root / "work" / "split.json").read_text())
+    assert len(split["train"]) == 4 and len(split["validation"]) == 2
+    config = Workdir(root / "work").config()
+    source = builders.from_config(config).source("train")
+    images = np.stack([source[n]["image"] for n in range(4)]).astype(float)
+    np.testing.assert_allclose(config.model.mean, images.mean((0, 1, 2)))
+    np.testing.assert_allclose(config.model.std, images.std((0, 1, 2)))
+
+
+def test_the_same_command_goes_on(root, capsys):
+    """Mean and deviation are those of the run, not settled anew against its config."""
+    runs.train(make_config(root), str(root / "work"))
+    assert "this run is finished" in capsys.readouterr().err
+
+
+def test_a_prototype_is_a_place_in_a_tile(root):
+    """It fires fully there, and the box is that place in the whole section's pixels."""
+    workdir = Workdir.existing(root / "work")
+    run = runs.Run(workdir.config(), workdir)
+    checkpoint = workdir.restore("finetune_pruned")
+    inference = run.inference(checkpoint.prototypes)
+    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]))
+    record = json.loads((workdir.path / "prototypes.json").read_text())["prototypes"]
+    tiled, sections = run.examples("train"), run.data.source("train")
+    by_id = {sections[n]["image_id"]: sections[n] for n in range(len(sections))}
+    assert len(tiled) == 4 * 2 * 2
+    for j, (prototype, entry) in enumerate(zip(checkpoint.prototypes, record, strict=True)):
+        distances = infer(tiled[prototype["image"]]["image"]).distances
+        fired = float(similarity(distances)[0, prototype["row"], prototype["col"], j])
+        assert fired == pytest.approx(np.log(1e4), abs=1e-3)
+        top, left, bottom, right = entry["box"]
+        assert (bottom - top, right - left) == (1, 1)  # U-Net: a point is a pixel
+        corner = tiled.places[prototype["image"]].corner
+        assert (top - corner[0], left - corner[1]) == (prototype["row"], prototype["col"])
+        assert by_id[entry["image_id"]]["label"][top, left] == prototype["class"]
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_predictions_are_stitched_from_tiles(root, flips):
+    """Pixel by pixel the tile that owns it, and its mirror images, says the same."""
+    out = root / f"predicted-{flips}"
+    result = scoring.score_run(str(root / "work"), "validation", None, str(out), flips=flips)
+    assert result["flips"] is flips
+    name = "validation-finetune_pruned-flips.json" if flips else "validation-finetune_pruned.json"
+    assert (root / "work" / "eval" / name).is_file()
+
+    workdir = Workdir.existing(root / "work")
+    run = runs.Run(workdir.config(), workdir)
+    checkpoint = workdir.restore("finetune_pruned")
+    inference = run.inference(checkpoint.prototypes)
+    tiled, sections = run.examples("validation"), run.data.source("validation")
+    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]).logits[0])
+    expected = np.full((2, SIZE, SIZE), 255, np.uint8)
+    hits = 0
+    for number, place in enumerate(tiled.places):
+        image = tiled[number]["image"]
+        copies = [()] + ([(0,), (1,), (0, 1)] if flips else [])
+        share = np.mean(
+            [np.flip(jax.nn.softmax(infer(np.flip(image, c).copy())), c) for c in copies], 0
+        )
+        (top, left), (y0, x0, y1, x1) = place.corner, place.own
+        labels = share.argmax(-1)[y0 - top : y1 - top, x0 - left : x1 - left]
+        expected[place.image, y0:y1, x0:x1] = labels
+    for number in range(2):
+        section = sections[number]
+        predicted = np.array(Image.open(out / f"{section['image_id']}.png"))
+        np.testing.assert_array_equal(predicted, expected[number])
+        hits += (predicted == section["label"]).sum()
+    assert result["pixel_accuracy"] == pytest.approx(hits / (2 * SIZE * SIZE))
+
+
+def test_sections_without_labels_are_predicted(root):
+    out = root / "predicted-test"
+    assert scoring.score_run(str(root / "work"), "test", None, str(out)) is None
+    assert {p.name for p in out.iterdir()} == {"test00.png", "test01.png"}
+    assert np.array(Image.open(out / "test00.png")).shape == (SIZE, SIZE)
+
+
+def test_the_twin(root):
+    config = make_config(root)
+    config.model.head = "linear"
+    runs.train(config, str(root / "twin"))
+    (entry,) = Workdir(root / "twin").summary()
+    assert (entry["phase"], entry["steps"]) == ("joint", 9) and entry["num_prototypes"] is None
+    assert 0 <= entry["f_error"] <= 1
+
+
+def test_tiles_larger_than_the_sections(root):
+    config = make_config(root, eval_size=(80, 40))
+    with pytest.raises(UserError, match="is 64×64, and tiles of 80×40"):
+        runs.train(config, str(root / "large"))
+    assert not (root / "large").exists()
+
+
+def test_weights_of_a_resnet_are_refused(root, tmp_path):
+    import safetensors.numpy
+    import weights
+
+    path = tmp_path / "resnet.safetensors"
+    tensors = weights.backbone("torchvision", 50, 8, np.random.default_rng(0))
+    safetensors.numpy.save_file(tensors, path)
+    config = make_config(root)
+    config.pretrained.path = str(path)
+    with pytest.raises(UserError, match="model.backbone is 'unet'"):
+        runs.train(config, str(root / "ported"))
+
+
+def test_groups_of_another_network_are_refused(root):
+    config = make_config(root)
+    config.phases.joint.learning_rates = {"aspp": 1e-3}
+    with pytest.raises(UserError, match="its groups are backbone, decoder, prototypes, head"):
+        phases.from_config(config)
+
+
+def test_mirror_images_of_streets_keep_their_sky():
+    """Without turns in the augmentation only left and right are exchanged."""
+    config = isbi_em.get_config()
+    config.model.preprocessing = "imagenet"
+    plain = inferences.from_config(config, 2, 4)
+    assert inferences.flipped(plain, config).flips == ((2,), (1,), (1, 2))
+    config.augment.turns = False
+    assert inferences.flipped(plain, config).flips == ((2,),)
