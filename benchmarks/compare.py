@@ -23,7 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import machine  # noqa: E402
 
-COLUMNS = (("miou", "mIoU %"), ("pixel_error", "error %"), ("overlap", "overlap %"))
+COLUMNS = (
+    ("miou", "mIoU %"),
+    ("pixel_error", "error %"),
+    ("f_error", "1 − F %"),  # two classes only
+    ("overlap", "overlap %"),
+)
 
 
 def parse_variant(text: str) -> tuple[str, list[str]]:
@@ -49,22 +54,27 @@ def mean_deviation(values: list[float]) -> str:
 
 
 def table(variants: dict[str, list[list[dict]]]) -> list[str]:
-    """Markdown rows: variant, phase and scores over the seeds.
+    """Markdown rows: variant, phase and those scores over the seeds that any run has.
 
     Args:
       variants: by name the runs' summaries (summary.json), one a seed.
     """
+    columns = [
+        (key, name)
+        for key, name in COLUMNS
+        if any(e.get(key) is not None for runs in variants.values() for s in runs for e in s)
+    ]
     rows = [
-        f"| variant | phase | seeds | prototypes | {' | '.join(n for _, n in COLUMNS)} | seconds |",
-        "| --- " * (5 + len(COLUMNS)) + "|",
+        f"| variant | phase | seeds | prototypes | {' | '.join(n for _, n in columns)} | seconds |",
+        "| --- " * (5 + len(columns)) + "|",
     ]
     for name, summaries in variants.items():
         for phase in dict.fromkeys(e["phase"] for s in summaries for e in s):
             entries = [e for s in summaries for e in s if e["phase"] == phase]
             counts = [e["num_prototypes"] for e in entries if e["num_prototypes"] is not None]
             scores = [
-                mean_deviation([e[key] for e in entries if e[key] is not None])
-                for key, _ in COLUMNS
+                mean_deviation([e[key] for e in entries if e.get(key) is not None])
+                for key, _ in columns
             ]
             prototypes = f"{statistics.mean(counts):.1f}" if counts else "–"
             took = statistics.mean(e["seconds"] for e in entries)

@@ -1,12 +1,13 @@
 """The paper's configs at full size, on made images with random weights: speed and memory.
 
     python benchmarks/full_size.py [--batch=10] [--steps=20] [--dtypes=float32,bfloat16]
-        [--configs=pascal,cityscapes] [--out=FILE]
+        [--configs=pascal,cityscapes,isbi_em] [--out=FILE]
 
-For configs/pascal.py and configs/cityscapes.py on one device: a training step of each phase at the
-crop size, projection's search and evaluation at the evaluation size; the joint step's FLOPs as XLA
-counts them, as a share of the device's measured matmul rate; the hours of the whole recipe that
-follow. On a CPU: --batch=2 --steps=1 --dtypes=float32.
+For configs/pascal.py, cityscapes.py and isbi_em.py (whose feature map is as large as the image) on
+one device: a training step of each phase at the crop size, the joint one also without the diversity
+loss, projection's search and evaluation at the evaluation size; a step's FLOPs as XLA counts them,
+as a share of the device's measured matmul rate; the hours of the whole recipe that follow. At most
+a config's own batch. On a CPU: --batch=2 --steps=1 --dtypes=float32.
 """
 
 import argparse
@@ -25,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import machine  # noqa: E402
 
-from configs import cityscapes, pascal  # noqa: E402
+from configs import cityscapes, isbi_em, pascal  # noqa: E402
 from protoseg_jax import inference as inferences  # noqa: E402
 from protoseg_jax.devices import DevicePool  # noqa: E402
 from protoseg_jax.evaluation.evaluate import make_eval_step  # noqa: E402
@@ -39,7 +40,9 @@ from protoseg_jax.training.run import feature_sizes, settle  # noqa: E402
 SETS = {
     "pascal": (pascal, 21, (375, 500), 1464, 1449),
     "cityscapes": (cityscapes, 19, (1024, 2048), 2975, 500),
+    "isbi_em": (isbi_em, 2, (512, 512), 20, 10),
 }
+NO_DIVERSITY = {"diversity": 0.0}
 
 
 def matmul_rate(dtype: jnp.dtype, size: int) -> float:
@@ -62,6 +65,8 @@ class Case:
         module, self.classes, self.label_size, *_ = SETS[name]
         self.config: ml_collections.ConfigDict = module.get_config()
         self.config.compute_dtype = dtype
+        if self.config.model.preprocessing == "data":
+            self.config.model.mean, self.config.model.std = (127.5,) * 3, (74.0,) * 3
         settle(self.config)
         self.owners = equal_blocks(10 * self.classes, self.classes)
         self.inference = inferences.from_config(self.config, self.classes, len(self.owners))
@@ -83,8 +88,11 @@ class Case:
             "index": np.arange(size, dtype=np.int32),
         }
 
-    def train(self, name: str, batch_size: int, repeats: int) -> tuple[float, float, float]:
-        """(seconds a step, bytes at the peak, FLOPs a step) of a phase."""
+    def train(
+        self, name: str, batch_size: int, repeats: int, **loss: float
+    ) -> tuple[float, float, float]:
+        """(seconds a step, bytes at the peak, FLOPs a step) of a phase; `loss` changes the
+        config's."""
         phase = next(p for p in phases.from_config(self.config) if p.name == name)
         step = self.pool.map(
             steps.make_step(
@@ -92,7 +100,7 @@ class Case:
                 phase,
                 prototype_classes=self.owners,
                 num_classes=self.classes,
-                loss_config=self.config.loss,
+                loss_config=ml_collections.ConfigDict({**self.config.loss.to_dict(), **loss}),
                 accumulate=1,
                 feature_sizes=feature_sizes(self.inference, tuple(self.config.crop_size)),
             ),
@@ -100,11 +108,12 @@ class Case:
         )
         params = self.variables["params"]
         _, frozen = steps.split(params, phase)
+        constants = {k: v for k, v in self.variables.items() if k != "params"}
         size = tuple(self.config.crop_size)
         batch = self.batch(batch_size, size, size)
         rest = (
             self.pool.replicate(frozen),
-            self.pool.replicate({"frozen": self.variables["frozen"]}),
+            self.pool.replicate(constants),
             self.pool.shard({k: batch[k] for k in ("image", "label")}),
         )
         state = self.pool.replicate(steps.init_state(params, phase))
@@ -117,17 +126,18 @@ class Case:
         seconds = timed_state(run, state, repeats)
         return seconds, peak(compiled), compiled.cost_analysis()["flops"]
 
-    def search(self, batch_size: int, repeats: int) -> float:
-        """Images a second of projection's search."""
+    def search(self, batch_size: int, repeats: int) -> tuple[float, float]:
+        """(images a second, bytes at the peak) of projection's search."""
         step = patch_search.make_search_step(self.inference, self.owners, k=1, within_class=True)
-        compiled = self.pool.map(step)
         table = patch_search.empty(len(self.owners), 1, self.config.model.features)
         arguments = (
             self.pool.replicate(table),
             self.pool.replicate(self.variables),
             self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),
         )
-        return batch_size / timed(lambda: compiled(*arguments), repeats)
+        compiled = self.pool.map(step).lower(*arguments).compile()
+        seconds = timed(lambda: compiled(*arguments), repeats)
+        return batch_size / seconds, peak(compiled)
 
     def evaluate(self, batch_size: int, repeats: int) -> tuple[float, float]:
         """(images a second, bytes at the peak) of evaluation without overlap."""
@@ -185,20 +195,32 @@ def page(name: str, dtype: str, batch_size: int, repeats: int) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     hours = 0.0
-    for phase in ("warmup", "joint", "finetune"):
-        seconds, memory, count = case.train(phase, batch_size, repeats)
-        number = case.config.phases[phase].steps * (2 if phase == "finetune" else 1)
-        hours += number * seconds * case.config.batch_size / batch_size / 3600
+    batch_size = min(batch_size, case.config.batch_size)
+    for phase, changed in (
+        ("warmup", {}),
+        ("joint", {}),
+        ("joint", NO_DIVERSITY),
+        ("finetune", {}),
+    ):
+        if not case.config.phases[phase].steps:
+            continue
+        seconds, memory, count = case.train(phase, batch_size, repeats, **changed)
+        if not changed:
+            number = case.config.phases[phase].steps * (2 if phase == "finetune" else 1)
+            hours += number * seconds * case.config.batch_size / batch_size / 3600
+        rest = ", λ_J = 0" if changed else ""
         lines.append(
-            f"| {phase} | {batch_size} | {seconds:.3f} | {batch_size / seconds:.2f} | "
+            f"| {phase}{rest} | {batch_size} | {seconds:.3f} | {batch_size / seconds:.2f} | "
             f"{memory / 1e9:.2f} | {count / 1e12:.2f} | {count / seconds / rate:.0%} |"
         )
         print(lines[-1], file=sys.stderr, flush=True)
     size = min(batch_size, case.config.eval_batch_size)
-    found = case.search(size, repeats)
+    found, searched = case.search(size, repeats)
     scored, memory = case.evaluate(size, repeats)
     hours += (2 * projected / found + 6 * evaluated / scored) / 3600
-    lines.append(f"| projection | {size} | {size / found:.3f} | {found:.2f} | | | |")
+    lines.append(
+        f"| projection | {size} | {size / found:.3f} | {found:.2f} | {searched / 1e9:.2f} | | |"
+    )
     lines.append(
         f"| evaluation | {size} | {size / scored:.3f} | {scored:.2f} | {memory / 1e9:.2f} | | |"
     )
@@ -217,7 +239,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--configs", default="pascal,cityscapes")
+    parser.add_argument("--configs", default="pascal,cityscapes,isbi_em")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     lines = [

@@ -41,6 +41,8 @@ def get_config(row: str = "paper") -> ConfigDict:
     c.model.width = 64
     c.model.output_stride = 1
     c.model.head = "prototypes"
+    c.model.activation = "sigmoid"
+    c.model.similarity = "log"
     c.model.features = 64
     c.model.prototypes_per_class = 10
     c.model.preprocessing = "data"
@@ -54,7 +56,7 @@ def get_config(row: str = "paper") -> ConfigDict:
     c.loss = ConfigDict({"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"})
     c.loss.class_balance = 0.0
 
-    rates = {"backbone": 1e-4, "decoder": 1e-4, "prototypes": 1e-4}
+    rates = {"backbone": 1e-4, "decoder": 1e-4, "prototypes": 1e-4, "head": 0.0}
     finetune = {"steps": 10_000, "learning_rates": {"head": 1e-5}, "schedule": "constant"}
     c.phases = ConfigDict()
     c.phases.warmup = {"steps": 0, "learning_rates": rates, "schedule": "constant"}
@@ -79,8 +81,8 @@ def _cpu(c: ConfigDict) -> None:
     c.model.width = 16
     for group in ("backbone", "decoder", "prototypes"):
         c.phases.joint.learning_rates[group] = 1e-3
-    c.phases.joint.steps = 1000
+    c.phases.joint.steps = 600
     for name in ("finetune", "finetune_pruned"):
         c.phases[name].steps = 50
         c.phases[name].learning_rates.head = 1e-4
-    c.eval_every = 250
+    c.eval_every = 0

@@ -11,7 +11,6 @@ import numpy as np
 from protoseg_jax.devices import DevicePool, psum
 from protoseg_jax.evaluation import segmentation
 from protoseg_jax.inference import Inference
-from protoseg_jax.models.prototypes import similarity
 
 
 @functools.lru_cache(maxsize=4)
@@ -36,7 +35,7 @@ def make_eval_step(
         sums = None
         if overlap:
             sums = segmentation.overlap_sums(
-                similarity(output.distances),
+                output.similarities,
                 labels,
                 batch["size"],
                 np.array(prototype_classes),

@@ -10,7 +10,8 @@ from flax import linen as nn
 from protoseg_jax.errors import UserError
 from protoseg_jax.models import resnet, unet
 from protoseg_jax.models.deeplab import ASPP
-from protoseg_jax.models.protoseg import BlackBox, ProtoSeg
+from protoseg_jax.models.protoseg import ACTIVATIONS, BlackBox, ProtoSeg
+from protoseg_jax.models.prototypes import SIMILARITIES
 
 
 def build(
@@ -20,8 +21,9 @@ def build(
 
     Args:
       config: backbone and its own keys (`_resnet`, `_unet`), head ("prototypes", or "linear": the
-        black-box twin), features (D), msc, the scales of MSC's smaller copies, and remat, whether
-        inner maps are computed again in the backward pass.
+        black-box twin), features (D), msc, the scales of MSC's smaller copies, remat, whether
+        inner maps are computed again in the backward pass, and, for comparisons, activation and
+        similarity (see `ProtoSeg`).
       num_classes: C.
       num_prototypes: M, in all; not used by head "linear".
       dtype: of the backbone's and the decoder's computation. Parameters, features, distances and
@@ -39,7 +41,10 @@ def build(
     backbone, decoder = make(config, channels, dtype)
     if config.head == "linear":
         return BlackBox(backbone, decoder, scales)
-    return ProtoSeg(backbone, decoder, num_prototypes, num_classes, scales)
+    activation, similarity = config.get("activation", "sigmoid"), config.get("similarity", "log")
+    _require("activation", activation, ACTIVATIONS)
+    _require("similarity", similarity, SIMILARITIES)
+    return ProtoSeg(backbone, decoder, num_prototypes, num_classes, scales, activation, similarity)
 
 
 def _resnet(

@@ -14,7 +14,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from protoseg_jax.models.layers import resize
-from protoseg_jax.models.prototypes import LastLayer, PrototypeLayer, similarity
+from protoseg_jax.models.prototypes import SIMILARITIES, LastLayer, PrototypeLayer
+
+ACTIVATIONS = {"sigmoid": nn.sigmoid, "none": lambda x: x}
 
 
 @flax.struct.dataclass
@@ -24,11 +26,13 @@ class Output:
     Attributes:
       features: z.
       distances: ‖z − p‖² to each prototype; None for the black box.
+      similarities: eq. 1 of them; None for the black box.
       logits: of each class.
     """
 
     features: Float[Array, "b h w d"]
     distances: Float[Array, "b h w m"] | None
+    similarities: Float[Array, "b h w m"] | None
     logits: Float[Array, "b h w c"]
 
 
@@ -70,6 +74,9 @@ class ProtoSeg(nn.Module):
       backbone: image → a map, or maps.
       decoder: the backbone's maps → D channels; its name is its group's, "aspp" or "decoder".
       scales: of the smaller copies of an image (MSC); none by default.
+      activation: between decoder and prototypes, a key of `ACTIVATIONS`. The paper is silent; the
+        sigmoid, by which z is in (0, 1)^D, is the released code's.
+      similarity: a key of `prototypes.SIMILARITIES`.
     """
 
     preserve_adopted_names: ClassVar[bool] = True  # Flax: the decoder keeps its own name
@@ -79,6 +86,8 @@ class ProtoSeg(nn.Module):
     num_prototypes: int
     num_classes: int
     scales: tuple[float, ...] = ()
+    activation: str = "sigmoid"
+    similarity: str = "log"
 
     def setup(self):
         self.prototypes = PrototypeLayer(self.num_prototypes)
@@ -91,15 +100,16 @@ class ProtoSeg(nn.Module):
     def classify(self, features: Float[Array, "b h w d"]) -> Output:
         """Distances and logits of features."""
         distances = self.prototypes(features)
-        return Output(features, distances, self.head(similarity(distances)))
+        similarities = SIMILARITIES[self.similarity](distances)
+        return Output(features, distances, similarities, self.head(similarities))
 
     def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
         """All that training learns from, each at the size of its own map."""
-        # The sigmoid, of which the paper is silent, is the released code's: z in (0, 1)^D.
-        return [self.classify(nn.sigmoid(m.astype(jnp.float32))) for m in self.maps(images)]
+        activate = ACTIVATIONS[self.activation]
+        return [self.classify(activate(m.astype(jnp.float32))) for m in self.maps(images)]
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
-        """Normalised images → features, squared distances and logits."""
+        """Normalised images → features, squared distances, similarities and logits."""
         return self.outputs(images)[-1]
 
 
@@ -120,7 +130,7 @@ class BlackBox(nn.Module):
     def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
         """All that training learns from. Logits are all the features that the black box has."""
         maps = pyramid(lambda x: self.decoder(self.backbone(x)), images, self.scales)
-        return [Output(m, None, m) for m in (m.astype(jnp.float32) for m in maps)]
+        return [Output(m, None, None, m) for m in (m.astype(jnp.float32) for m in maps)]
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
         """Normalised images → logits."""

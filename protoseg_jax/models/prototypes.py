@@ -49,6 +49,10 @@ def similarity(d2: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.log((d2 + 1.0) / (d2 + EPSILON))
 
 
+# What a model may use (`model.similarity`); all but eq. 1 are there to be compared with it.
+SIMILARITIES = {"log": similarity, "negative_distance": jnp.negative}
+
+
 def equal_blocks(num_prototypes: int, num_classes: int) -> Int[np.ndarray, " m"]:
     """c(j) at the start: classes ascending, each with M / C prototypes."""
     return np.arange(num_prototypes) * num_classes // max(num_prototypes, 1)

@@ -10,8 +10,8 @@
 | `finetune_pruned` | train | the last layer again |
 
 A config says for each phase how many `steps` it has (0: the phase is left out), for the training
-ones also `learning_rates` by parameter group — a group that is not named is frozen — and the
-`schedule`. Projection and pruning take one step: a pass over the training set.
+ones also `learning_rates` by parameter group (one that is not named, or has rate 0, is frozen) and
+the `schedule`. Projection and pruning take one step: a pass over the training set.
 """
 
 import dataclasses
@@ -90,6 +90,7 @@ def _phase(
                 f"phases.{name}.learning_rates.{group} is no parameter group of this network; "
                 f"its groups are {', '.join(groups)}"
             )
+    rates = {group: rate for group, rate in rates.items() if rate}
     if section.schedule not in ("constant", "poly"):
         raise UserError(
             f"phases.{name}.schedule={section.schedule!r} is unknown; use 'constant' or 'poly'"

@@ -41,7 +41,7 @@ from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.explain import figures
 from protoseg_jax.interrupts import Interrupted, Interrupts
 from protoseg_jax.models import port_torch
-from protoseg_jax.models.prototypes import equal_blocks, similarity
+from protoseg_jax.models.prototypes import equal_blocks
 from protoseg_jax.prototypes import patch_search
 from protoseg_jax.prototypes.projection import project
 from protoseg_jax.prototypes.pruning import NEIGHBOURS, prune
@@ -494,7 +494,7 @@ class Run:
         for old in folder.glob("*.png"):
             old.unlink()
         source = self.examples(self.config.data.projection_split)
-        infer = jax.jit(lambda v, image: similarity(inference(v, image[None]).distances)[0])
+        infer = jax.jit(lambda v, image: inference(v, image[None]).similarities[0])
         variables = variables_of(checkpoint.arrays)
         for c, name in enumerate(names):
             own = [(j, e) for j, e in enumerate(entries) if e["class"] == c]

@@ -27,7 +27,7 @@ class Pixels(nn.Module):
         features = images[:, ::2, ::2]
         p = self.get_variable("params", "vectors")
         distances = ((features[..., None, :] - p) ** 2).sum(-1)
-        return Output(features, distances, features)
+        return Output(features, distances, distances, features)
 
 
 INFERENCE = Inference(Pixels(), Preprocessing((0.0,) * 3, (1.0,) * 3), (8, 12))

@@ -297,7 +297,7 @@ def test_frozen_groups_cost_nothing():
 
 
 def test_phases_of_a_black_box_have_the_same_budget():
-    config = ml_collections.ConfigDict({"model": {"head": "linear"}})
+    config = ml_collections.ConfigDict({"model": {"backbone": "resnet", "head": "linear"}})
     training = {"learning_rates": {"aspp": 1e-3, "head": 1.0}, "schedule": "constant"}
     config.phases = {n: {"steps": 5, **training} for n in ("warmup", "joint", "finetune")}
     config.phases.projection = {"steps": 1}
