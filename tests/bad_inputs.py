@@ -20,10 +20,11 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / x) for x in ("tests", "tests/data", "benchmarks")]
 
 import kill  # noqa: E402
 import machine  # noqa: E402
+import sections  # noqa: E402
 from discs import make_data  # noqa: E402
 
 Spoil = Callable[[pathlib.Path], object]
@@ -105,6 +106,22 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
 }
 
 
+# The same for the EM challenge's stacks of 64×64 sections.
+SECTIONS: dict[str, tuple[Spoil, list[str], str]] = {
+    **{f"EM: {name}": (spoil, [], words) for name, (spoil, words) in sections.BAD.items()},
+    "EM: tiles larger than the image": (
+        lambda d: None,
+        ["--config.eval_overlap=8"],
+        "is 64×64, and tiles of 512×512 (height×width) are larger",
+    ),
+    "EM: a group of another network": (
+        lambda d: None,
+        ["--config.model.backbone=resnet"],
+        "its groups are backbone, aspp",
+    ),
+}
+
+
 def run(line: list[str], scratch: pathlib.Path, prefix: list[str] = ()) -> tuple[int, str]:
     """(exit code, stderr) of a program."""
     result = subprocess.run(
@@ -114,11 +131,16 @@ def run(line: list[str], scratch: pathlib.Path, prefix: list[str] = ()) -> tuple
 
 
 def data_case(name: str, scratch: pathlib.Path) -> tuple[int, str, list[str]]:
-    """(exit code, stderr, what lies in the run's folder) of a case of `DATA`."""
-    spoil, arguments, _ = DATA[name]
-    make_data(scratch / "data")
-    spoil(scratch / "data")
+    """(exit code, stderr, what lies in the run's folder) of a case of `DATA` or `SECTIONS`."""
+    spoil, arguments, _ = {**DATA, **SECTIONS}[name]
     line = kill.command(scratch / "data", scratch / "cache", scratch / "work")
+    if name in SECTIONS:
+        sections.make_stacks(scratch / "data")
+        line = [x for x in line if not x.startswith("--config") or "data." in x]
+        line.append(f"--config={ROOT / 'configs' / 'isbi_em.py'}:cpu")
+    else:
+        make_data(scratch / "data")
+    spoil(scratch / "data")
     given = [a.partition("=")[0] for a in arguments]  # a tuple given twice would be appended
     line = [a for a in line if a.partition("=")[0] not in given] + arguments
     code, errors = run(line, scratch)
@@ -212,7 +234,7 @@ def main() -> None:
         rows.append(f"| {name} | `{text.removeprefix('error: ')}` |")
         print(rows[-1], file=sys.stderr, flush=True)
 
-    for name, (*_, words) in DATA.items():
+    for name, (*_, words) in {**DATA, **SECTIONS}.items():
         with tempfile.TemporaryDirectory() as folder:
             code, errors, _ = data_case(name, pathlib.Path(folder))
             add(name, code, errors, words, folder)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from configs import pascal
+from configs import isbi_em, pascal
 from protoseg_jax import tables
 
 
@@ -24,12 +24,13 @@ def make_run(
     phases = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
     if head == "linear":
         phases = phases[:2]
-    config = json.loads(pascal.get_config().to_json())
+    module = isbi_em if data == "isbi_em" else pascal
+    config = json.loads(module.get_config().to_json())
     config["data"]["name"] = data
     config["model"].update({"head": head, "preprocessing": preprocessing})
     config["loss"]["diversity"] = diversity
     config["pretrained"]["path"] = "weights.pth"
-    config["phases"]["joint"]["steps"] = steps
+    config["phases"]["joint"]["steps"] = 10_000 if data == "isbi_em" else steps
     summary = [
         {
             "phase": phase,

@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.patches import Rectangle
 
-_CONTEXT = 2  # cells of surroundings shown on each side of a patch
+# Surroundings shown on each side of a patch: cells, and at least this share of the image.
+_CONTEXT_CELLS = 2
+_CONTEXT_SHARE = 1 / 12
 _COLUMNS = 10
 
 
@@ -21,7 +23,8 @@ def crop_with_context(
 ) -> tuple[np.ndarray, list[int]]:
     """A patch with its surroundings, and the patch's box inside the crop."""
     top, left, bottom, right = box
-    dy, dx = _CONTEXT * (bottom - top), _CONTEXT * (right - left)
+    least = int(min(image.shape[:2]) * _CONTEXT_SHARE)
+    dy, dx = (max(_CONTEXT_CELLS * n, least) for n in (bottom - top, right - left))
     y, x = max(top - dy, 0), max(left - dx, 0)
     crop = image[y : bottom + dy, x : right + dx]
     return crop, [top - y, left - x, bottom - y, right - x]

@@ -46,3 +46,54 @@ def make_folders(root, count=6, size=64):
         Image.fromarray(image).save(root / "image" / f"{number}.png")
         Image.fromarray(label).save(root / "label" / f"{number}.png")
     return sections
+
+
+def changed(name, change):
+    """What writes one of the stacks anew, its pages changed."""
+
+    def spoil(root):
+        which = 0 if name == "train-volume.tif" else 1
+        write_stack(root / name, change([section[which] for section in make_sections(6)]))
+
+    return spoil
+
+
+def three_values(labels):
+    return [np.where(x > 0, 255, 128 * (x.T > 0)).astype(np.uint8) for x in labels]
+
+
+# name: (what is done to the official files, words of the line that tells it)
+BAD = {
+    "fewer labels than images": (
+        changed("train-labels.tif", lambda p: p[:-1]),
+        "holds 6 sections but train-labels.tif 5",
+    ),
+    "16 bits": (
+        changed("train-volume.tif", lambda p: [x.astype(np.uint16) * 100 for x in p]),
+        "16-bit values up to",
+    ),
+    "colours": (
+        changed("train-volume.tif", lambda p: [np.stack([x, x, 255 - x], 2) for x in p]),
+        "is in colour",
+    ),
+    "floats": (
+        changed("train-volume.tif", lambda p: [x.astype(np.float32) for x in p]),
+        "has mode F",
+    ),
+    "three label values": (
+        changed(
+            "train-labels.tif",
+            lambda p: [np.where(x > 0, 255, 128 * (x.T > 0)).astype(np.uint8) for x in p],
+        ),
+        "hold the values 0, 128, 255; they must be 0",
+    ),
+    "labels of another size": (
+        changed("train-labels.tif", lambda p: [x[:-1] for x in p]),
+        "is 64×64 but section",
+    ),
+    "no stack": (
+        lambda root: (root / "train-volume.tif").write_bytes(b"no image"),
+        "is no TIFF stack",
+    ),
+    "no labels": (lambda root: (root / "train-labels.tif").unlink(), "is missing beside"),
+}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from sections import make_folders, make_sections, make_stacks, write_stack
+from sections import BAD, make_folders, make_stacks, write_stack
 
 from protoseg_jax.data import builders, preprocessing
 from protoseg_jax.data.label_sets import VOID
@@ -85,51 +85,6 @@ def test_labels_of_one_and_zero(tmp_path):
     write_stack(tmp_path / "em" / "train-labels.tif", one_and_zero(sections))
     example = load(tmp_path).source("train")[0]
     np.testing.assert_array_equal(example["label"], sections[int(example["image_id"])][1] // 255)
-
-
-def stack_of(name, change):
-    def spoil(root):
-        pages = [p for p in make_sections(6)]
-        pages = [image if name == "train-volume.tif" else label for image, label in pages]
-        write_stack(root / name, change(pages))
-
-    return spoil
-
-
-BAD = {
-    "fewer labels than images": (
-        stack_of("train-labels.tif", lambda p: p[:-1]),
-        "holds 6 sections but train-labels.tif 5",
-    ),
-    "16 bits": (
-        stack_of("train-volume.tif", lambda p: [x.astype(np.uint16) * 100 for x in p]),
-        "16-bit values up to",
-    ),
-    "colours": (
-        stack_of("train-volume.tif", lambda p: [np.stack([x, x, 255 - x], 2) for x in p]),
-        "is in colour",
-    ),
-    "floats": (
-        stack_of("train-volume.tif", lambda p: [x.astype(np.float32) for x in p]),
-        "has mode F",
-    ),
-    "three label values": (
-        stack_of(
-            "train-labels.tif",
-            lambda p: [np.where(x > 0, 255, 128 * (x.T > 0)).astype(np.uint8) for x in p],
-        ),
-        "hold the values 0, 128, 255; they must be 0",
-    ),
-    "labels of another size": (
-        stack_of("train-labels.tif", lambda p: [x[:-1] for x in p]),
-        "is 64×64 but section",
-    ),
-    "no stack": (
-        lambda root: (root / "train-volume.tif").write_bytes(b"no image"),
-        "is no TIFF stack",
-    ),
-    "no labels": (lambda root: (root / "train-labels.tif").unlink(), "is missing beside"),
-}
 
 
 @pytest.mark.parametrize("name", BAD)

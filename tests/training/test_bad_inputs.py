@@ -6,10 +6,12 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", bad_inputs.DATA)
+@pytest.mark.parametrize("name", [*bad_inputs.DATA, *bad_inputs.SECTIONS])
 def test_bad_data_or_settings(name, tmp_path):
     code, errors, left = bad_inputs.data_case(name, tmp_path)
-    assert bad_inputs.verdict(code, errors, bad_inputs.DATA[name][2]), errors
+    assert bad_inputs.verdict(code, errors, {**bad_inputs.DATA, **bad_inputs.SECTIONS}[name][2]), (
+        errors
+    )
     assert left == []
 
 

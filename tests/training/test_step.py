@@ -316,7 +316,9 @@ def test_phases_of_a_black_box_have_the_same_budget():
     ],
 )
 def test_bad_phases_are_refused(change, message):
-    config = ml_collections.ConfigDict({"model": {"head": "prototypes"}, "phases": change})
+    config = ml_collections.ConfigDict(
+        {"model": {"backbone": "resnet", "head": "prototypes"}, "phases": change}
+    )
     with pytest.raises(UserError, match=message):
         phases.from_config(config)
 
