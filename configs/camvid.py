@@ -1,6 +1,9 @@
 """ProtoSeg on CamVid's streets (SegNet layout), from scratch, sized for a CPU.
 
 python train.py --config=configs/camvid.py --config.data.dir=PATH
+
+U-Net up to a quarter of the evaluated size: trained from scratch it learns these streets faster
+than a DeepLab of equal cost.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -27,41 +30,33 @@ def get_config() -> ConfigDict:
     c.augment = ConfigDict({"scale": (0.4, 0.8)})
 
     c.model = ConfigDict()
-    c.model.backbone = "resnet"
-    c.model.depth = 26
-    c.model.width = 24
-    c.model.norm = "group"
-    c.model.stride_in = "3x3"
-    c.model.output_stride = 8
-    c.model.aspp_rates = (1, 3, 6, 9)
+    c.model.backbone = "unet"
+    c.model.depth = 4
+    c.model.width = 16
+    c.model.output_stride = 4
     c.model.head = "prototypes"
+    c.model.activation = "sigmoid"
+    c.model.similarity = "log"
     c.model.features = 64
     c.model.prototypes_per_class = 10
     c.model.preprocessing = "imagenet"
-    c.model.msc = ()  # (0.5, 0.75): multi-scale inputs
-    c.model.remat = False  # True: less memory, about a third more work
+    c.model.msc = ()
+    c.model.remat = False
 
     c.pretrained = ConfigDict({"path": config_dict.placeholder(str)})
 
     c.loss = ConfigDict({"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"})
+    c.loss.class_balance = 0.5  # rare classes count more: weights (median / pixels)^0.5
 
-    # A high rate on the ASPP would saturate the sigmoid before the features have learnt anything.
-    new = {"aspp": 3e-4, "prototypes": 2e-3}
     c.phases = ConfigDict()
-    c.phases.warmup = {"steps": 50, "learning_rates": new, "schedule": "constant"}
-    c.phases.joint = {
-        "steps": 2000,
-        "learning_rates": {"backbone": 2e-3, **new},
-        "schedule": "poly",
-    }
+    rates = {"backbone": 1e-3, "decoder": 1e-3, "prototypes": 2e-3, "head": 0.0}
+    finetune = {"steps": 50, "learning_rates": {"head": 1e-4}, "schedule": "constant"}
+    c.phases.warmup = {"steps": 0, "learning_rates": rates, "schedule": "constant"}
+    c.phases.joint = {"steps": 1500, "learning_rates": rates, "schedule": "poly"}
     c.phases.projection = {"steps": 1}
-    c.phases.finetune = {"steps": 100, "learning_rates": {"head": 1e-3}, "schedule": "constant"}
+    c.phases.finetune = finetune
     c.phases.pruning = {"steps": 1}
-    c.phases.finetune_pruned = {
-        "steps": 100,
-        "learning_rates": {"head": 1e-3},
-        "schedule": "constant",
-    }
+    c.phases.finetune_pruned = finetune
 
     c.log_every = 10
     c.eval_every = 500
