@@ -1,6 +1,7 @@
 """Score a run.
 
-python eval.py --workdir=DIR [--split=validation] [--phase=NAME] [--predictions=OUT] [--flips]
+python eval.py --workdir=DIR [--split=validation] [--phase=NAME] [--predictions=OUT]
+    [--interpretability] [--flips]
 """
 
 from absl import flags
@@ -12,6 +13,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _SPLIT = flags.DEFINE_string("split", "validation", "train, validation or test.")
 _PHASE = flags.DEFINE_string("phase", None, "The phase to score; default: the last finished one.")
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "Folder to write label PNGs to.")
+_INTERPRETABILITY = flags.DEFINE_bool("interpretability", False, "Measure the explanations too.")
 _FLIPS = flags.DEFINE_bool("flips", False, "Average class probabilities over mirror images.")
 
 
@@ -20,7 +22,12 @@ def main() -> None:
         raise errors.UserError("no --workdir given; name the folder that train.py wrote")
     devices.keep_compiled_programs()
     scoring.score_run(
-        _WORKDIR.value, _SPLIT.value, _PHASE.value, _PREDICTIONS.value, flips=_FLIPS.value
+        _WORKDIR.value,
+        _SPLIT.value,
+        _PHASE.value,
+        _PREDICTIONS.value,
+        flips=_FLIPS.value,
+        interpretability=_INTERPRETABILITY.value,
     )
 
 

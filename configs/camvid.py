@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     c.data.dir = config_dict.placeholder(str)
     c.data.cache = "data_cache"
     c.data.workers = 0
+    c.data.held_out = config_dict.placeholder(str)  # a class to be void, for the novelty test
     c.data.train_split = "train"
     c.data.projection_split = "train"
     # Around the half at which images are evaluated, so that things have the size they will have.
@@ -52,13 +53,13 @@ def get_config() -> ConfigDict:
     rates = {"backbone": 1e-3, "decoder": 1e-3, "prototypes": 2e-3, "head": 0.0}
     finetune = {"steps": 50, "learning_rates": {"head": 1e-4}, "schedule": "constant"}
     c.phases.warmup = {"steps": 0, "learning_rates": rates, "schedule": "constant"}
-    c.phases.joint = {"steps": 1500, "learning_rates": rates, "schedule": "poly"}
+    c.phases.joint = {"steps": 900, "learning_rates": rates, "schedule": "poly"}
     c.phases.projection = {"steps": 1}
     c.phases.finetune = finetune
     c.phases.pruning = {"steps": 1}
     c.phases.finetune_pruned = finetune
 
     c.log_every = 10
-    c.eval_every = 500
+    c.eval_every = 300
     c.checkpoint_every = 250
     return c

@@ -84,6 +84,21 @@ class _ForEvaluation(grain.MapTransform):
         }
 
 
+class Without:
+    """A source in whose labels a class is void, to hold it out; picklable if the source is."""
+
+    def __init__(self, source: Any, held_out: int):
+        self._source, self._held_out = source, held_out
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._source[index]
+        label = example["label"]
+        return {**example, "label": np.where(label == self._held_out, VOID, label).astype(np.uint8)}
+
+
 class _Numbered:
     """A source whose examples carry their number."""
 

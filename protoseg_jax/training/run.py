@@ -41,7 +41,7 @@ from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.explain import figures
 from protoseg_jax.interrupts import Interrupted, Interrupts
 from protoseg_jax.models import port_torch
-from protoseg_jax.models.prototypes import equal_blocks
+from protoseg_jax.models.prototypes import class_connections, equal_blocks
 from protoseg_jax.prototypes import patch_search
 from protoseg_jax.prototypes.projection import project
 from protoseg_jax.prototypes.pruning import NEIGHBOURS, prune
@@ -81,8 +81,24 @@ class Run:
         self.data = builders.from_config(config)
         self.num_classes = len(self.data.label_set)
         self.black_box = config.model.head == "linear"
+        self.held_out = self._held_out()
 
     # -- models and data -----------------------------------------------------------------------
+
+    def _held_out(self) -> int | None:
+        """The class of `data.held_out`, which is void for this run and has no prototypes."""
+        name, names = self.config.data.get("held_out"), self.data.label_set.names
+        if name and name not in names:
+            raise UserError(
+                f"data.held_out={name!r} is no class of data set {self.data.name!r}; "
+                f"choose one of: {', '.join(names)}"
+            )
+        return names.index(name) if name else None
+
+    def source(self, split: str) -> builders.Source | pipeline.Without:
+        """A split's images and labels, a held-out class void."""
+        source = self.data.source(split)
+        return source if self.held_out is None else pipeline.Without(source, self.held_out)
 
     def check(self) -> None:
         """Refuse what would only show later.
@@ -112,7 +128,9 @@ class Run:
         for split in dict.fromkeys((config.data.train_split, config.data.projection_split)):
             pixels = self.data.class_pixels(split)
             absent = [
-                n for n, count in zip(self.data.label_set.names, pixels, strict=True) if not count
+                name
+                for c, name in enumerate(self.data.label_set.names)
+                if not pixels[c] and c != self.held_out
             ]
             if absent:
                 raise UserError(
@@ -142,18 +160,19 @@ class Run:
         """Images an evaluation batch of this process: the config's, rounded up to the devices."""
         return -(-self.config.eval_batch_size // self.pool.total) * self.pool.count
 
-    def examples(self, split: str) -> builders.Source | tiles.Tiled:
+    def examples(self, split: str, *, held_out: bool = False) -> Any:
         """What evaluation and search look at, one after another: a split's images, or with
-        `eval_overlap` their tiles."""
-        source, overlap = self.data.source(split), self.config.get("eval_overlap")
+        `eval_overlap` their tiles. `held_out` keeps the labels of a class that is held out."""
+        source = self.data.source(split) if held_out else self.source(split)
+        overlap = self.config.get("eval_overlap")
         if overlap is None:
             return source
         return tiles.Tiled(source, tuple(self.config.eval_size), overlap)
 
-    def eval_batches(self, split: str, start: int = 0):
+    def eval_batches(self, split: str, start: int = 0, *, held_out: bool = False):
         """This process's part of `examples`, from one on, at evaluation preprocessing."""
         return pipeline.eval_batches(
-            self.examples(split),
+            self.examples(split, held_out=held_out),
             eval_size=tuple(self.config.eval_size),
             batch_size=self.eval_batch_size,
             workers=self.config.data.workers,
@@ -182,8 +201,13 @@ class Run:
                 "warning: model.norm is 'frozen_batch' without pretrained.path: its BatchNorms are "
                 "the identity and stay so; set --config.pretrained.path to ImageNet weights"
             )
+        return self.random(self.classes_at_start())
+
+    def classes_at_start(self) -> np.ndarray:
+        """c(j) at the start, [M]: equally many of each class, none of one held out."""
         count = 0 if self.black_box else self.num_classes * self.config.model.prototypes_per_class
-        return self.random(equal_blocks(count, self.num_classes))
+        classes = equal_blocks(count, self.num_classes)
+        return classes if self.held_out is None else classes[classes != self.held_out]
 
     def random(self, prototype_classes: np.ndarray) -> Checkpoint:
         """Random weights for prototypes of these classes [M]."""
@@ -197,6 +221,9 @@ class Run:
             "params": jax.device_get(variables["params"]),
             "frozen": jax.device_get(dict(variables).get("frozen", {})),
         }
+        if prototypes:
+            kernel = class_connections(prototype_classes, self.num_classes)
+            arrays["params"]["head"] = {"kernel": np.asarray(kernel)}
         return Checkpoint("", 0, True, arrays, prototypes)
 
     def with_weights(self, ported: port_torch.Ported, path: str) -> Checkpoint:
@@ -219,9 +246,8 @@ class Run:
                 )
         if ported.prototype_classes is not None and self.black_box:
             raise UserError(f"weights {path} are a ProtoSeg; model.head='linear' has no prototypes")
-        count = 0 if self.black_box else self.num_classes * model.prototypes_per_class
         classes = ported.prototype_classes
-        start = self.random(equal_blocks(count, self.num_classes) if classes is None else classes)
+        start = self.random(self.classes_at_start() if classes is None else classes)
         for collection in ("params", "frozen"):
             ours, theirs = start.arrays[collection], getattr(ported, collection)
             for group, tree in theirs.items():
@@ -290,7 +316,7 @@ class Run:
             donate_argnums=(0,),
         )
         batches = pipeline.train_batches(
-            self.data.source(config.data.train_split),
+            self.source(config.data.train_split),
             augment.from_config(config),
             batch_size=config.batch_size,
             seed=config.seed,

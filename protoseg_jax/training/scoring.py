@@ -12,10 +12,11 @@ from protoseg_jax import inference as inferences
 from protoseg_jax.data.tiles import Tiled
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import evaluate as evaluation
+from protoseg_jax.evaluation import interpretability as measures
 from protoseg_jax.evaluation import segmentation
 from protoseg_jax.evaluation.submissions import submission
-from protoseg_jax.training.run import Run, variables_of
-from protoseg_jax.workdir import Workdir, write_atomically, write_json
+from protoseg_jax.training.run import Run, feature_sizes, variables_of
+from protoseg_jax.workdir import Checkpoint, Workdir, write_atomically, write_json
 
 
 def score_run(
@@ -25,6 +26,7 @@ def score_run(
     predictions: str | None,
     *,
     flips: bool = False,
+    interpretability: bool = False,
 ) -> dict | None:
     """Score a run's phase on a split: print the table, write DIR/eval/SPLIT-PHASE.json.
 
@@ -37,10 +39,11 @@ def score_run(
       predictions: folder for predicted label PNGs (see `submissions`), or None.
       flips: average class probabilities over mirror images; what is written is then
         SPLIT-PHASE-flips.json, beside the plain one.
+      interpretability: measure the explanations too (see `evaluation.interpretability`).
 
     Raises:
-      UserError: no run there, the phase is not reached, or the split does not exist or has no
-        labels to be scored by.
+      UserError: no run there, the phase is not reached, the split does not exist or has no labels
+        to be scored by, or the black box is to explain itself.
     """
     folder = Workdir.existing(workdir)
     run = Run(folder.config(), folder)
@@ -51,6 +54,11 @@ def score_run(
     if phase not in finished:
         raise UserError(
             f"run {workdir!r} has not finished phase {phase!r}; it has {', '.join(finished)}"
+        )
+    if interpretability and run.black_box:
+        raise UserError(
+            f"run {workdir!r} is the black box (model.head='linear'), which has no prototypes to "
+            "measure; leave --interpretability out"
         )
     labelled = run.data.labelled(split)
     if not labelled and not predictions:
@@ -73,14 +81,40 @@ def score_run(
         **scores,
         "iou": dict(zip(names, scores["iou"], strict=True)),
     }
+    if interpretability:
+        result["interpretability"] = measure(run, checkpoint, split)
     (folder.path / "eval").mkdir(exist_ok=True)
     name = f"{split}-{phase}-flips.json" if flips else f"{split}-{phase}.json"
     write_json(folder.path / "eval" / name, result)
     print(evaluation.class_table(result, names))
+    for name, value in measures.table(result.get("interpretability", {})):
+        print(f"{name}  {value}")
     return result
 
 
-def write_predictions(run: Run, checkpoint, split: str, out: Path, *, flips: bool) -> None:
+def measure(run: Run, checkpoint: Checkpoint, split: str) -> dict:
+    """The measures of `evaluation.interpretability` of a checkpoint on a split."""
+    inference = run.inference(checkpoint.prototypes)
+    batches, part_classes = run.eval_batches(split, held_out=True), np.zeros(0, int)
+    if run.data.part_names:
+        examples = run.examples(split)
+        part_classes = measures.part_classes(examples, len(run.data.part_names), run.num_classes)
+        size = feature_sizes(inference, tuple(run.config.eval_size))[-1]
+        batches = measures.with_centroids(batches, examples, size)
+    return measures.measures(
+        run.pool,
+        inference,
+        variables_of(checkpoint.arrays),
+        batches,
+        prototype_classes=run.classes_of(checkpoint.prototypes),
+        part_classes=part_classes,
+        held_out=run.held_out,
+    )
+
+
+def write_predictions(
+    run: Run, checkpoint: Checkpoint, split: str, out: Path, *, flips: bool
+) -> None:
     """Predicted labels of a split as files, at the labels' own size (see `submissions`)."""
     inference = run.inference(checkpoint.prototypes)
     if flips:
