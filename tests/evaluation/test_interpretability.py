@@ -1,0 +1,266 @@
+"""The measures against literal NumPy versions; permutations, ranges, N devices = 1 device."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protoseg_jax.data import preprocessing
+from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.devices import DevicePool
+from protoseg_jax.evaluation import interpretability as measures
+from protoseg_jax.inference import Inference
+from protoseg_jax.models.protoseg import Output
+
+CLASSES = np.array([0, 0, 0, 1, 1, 2])  # of the prototypes; class 3 has none
+C, M, K = 4, len(CLASSES), 5
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def example(seed, h=6, w=7):
+    """(similarities, logits, kernel, labels) with void, of one image."""
+    rng = np.random.default_rng(seed)
+    similarities = rng.gamma(1.0, 2.0, (h, w, M)).astype(np.float32)
+    kernel = np.where(CLASSES[:, None] == np.arange(C), 1.0, -0.5) + rng.normal(0, 0.1, (M, C))
+    kernel = kernel.astype(np.float32)
+    labels = rng.choice([0, 1, 2, 3, VOID], (h, w))
+    return similarities, similarities @ kernel, kernel, labels
+
+
+def slow_wins(similarities, labels):
+    counts = np.zeros(M, int)
+    for row, col in np.ndindex(labels.shape):
+        own = np.flatnonzero(CLASSES == labels[row, col])
+        if len(own):
+            counts[own[np.argmax(similarities[row, col, own])]] += 1
+    return counts
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_wins(seed):
+    similarities, _, _, labels = example(seed)
+    got = measures.wins(similarities, labels, CLASSES)
+    np.testing.assert_array_equal(got, slow_wins(similarities, labels))
+    assert got.sum() == np.isin(labels, CLASSES).sum()
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_prototypes_needed(seed):
+    similarities, logits, kernel, _ = example(seed)
+    got = np.asarray(measures.prototypes_needed(similarities, logits, kernel))
+    for place in np.ndindex(got.shape):
+        winner = logits[place].argmax()
+        parts = sorted((x for x in similarities[place] * kernel[:, winner] if x > 0), reverse=True)
+        total, count = 0.0, 0
+        while parts and total < 0.95 * sum(parts):
+            total += parts[count]
+            count += 1
+        assert got[place] == count
+    order = np.random.default_rng(seed).permutation(M)
+    moved = measures.prototypes_needed(similarities[..., order], logits, kernel[order])
+    np.testing.assert_array_equal(moved, got)
+
+
+def test_nothing_needed_where_nothing_speaks_for_the_winner():
+    needed = measures.prototypes_needed(np.ones((1, 2)), np.zeros((1, 2)), -np.ones((2, 2)))
+    assert needed.tolist() == [0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_survivors_and_their_orders(seed):
+    similarities, logits, kernel, _ = example(seed)
+    similarities, logits = (x.reshape(-1, x.shape[-1]) for x in (similarities, logits))
+    order = np.asarray(measures.by_margin(similarities, kernel))
+    got = np.asarray(measures.survivors(similarities, kernel, order))
+    assert got.shape == (len(similarities), M + 1)
+    for point, values in enumerate(similarities):
+        first, second = np.argsort(-logits[point])[:2]
+        margins = values * (kernel[:, first] - kernel[:, second])
+        assert (np.diff(margins[order[point]]) <= 1e-5).all()
+        for k in range(M + 1):
+            left = np.setdiff1d(np.arange(M), order[point, :k])
+            rest = values[left] @ kernel[left]
+            others = np.delete(rest, first)
+            if abs(rest[first] - others.max()) > 1e-4:  # else rounding decides
+                assert got[point, k] == (rest[first] > others.max())
+    assert got[:, 0].all() and not got[:, -1].any()
+
+
+def slow_hits(similarities, labels, centroids):
+    hits = np.zeros((K, M), bool)
+    for j, c in enumerate(CLASSES):
+        values = similarities[..., j].astype(np.float64)[labels == c]
+        if len(values):
+            active = (labels == c) & (similarities[..., j] >= np.quantile(values, 0.8))
+            for part, row, col in centroids:
+                hits[part, j] |= active[row, col]
+    return hits
+
+
+@settings(max_examples=30, deadline=None)
+@given(SEEDS)
+def test_part_hits(seed):
+    similarities, _, _, labels = example(seed)
+    rng = np.random.default_rng(seed)
+    centroids = [(rng.integers(K), rng.integers(6), rng.integers(7)) for _ in range(9)]
+    padded = np.array([*centroids, (-1, 0, 0), (-1, 0, 0)])
+    got = measures.part_hits(similarities, labels, CLASSES, padded, K)
+    np.testing.assert_array_equal(got, slow_hits(similarities, labels, centroids))
+
+
+def test_centroids_of_components():
+    parts = np.zeros((20, 40), np.uint8)
+    parts[2:5, 3:8] = 2  # middle (3, 5)
+    parts[10:19, 30:33] = 2  # middle (14, 31)
+    parts[0, 39] = 4
+    parts[6] = VOID
+    found = measures.centroids_of(parts, (5, 10))
+    assert sorted(found) == [(1, 0, 1), (1, 3, 7), (3, 0, 9)]
+    assert measures.centroids_of(np.zeros((3, 3), np.uint8), (2, 2)) == []
+
+
+class Model:
+    """Features are block means of the image; prototypes are points of colour space."""
+
+    prototypes = np.random.default_rng(5).uniform(-1, 1, (M, 3)).astype(np.float32)
+
+    def apply(self, variables, images):
+        b, h, w, _ = images.shape
+        features = images.reshape(b, h // 4, 4, w // 4, 4, 3).mean((2, 4))
+        distances = jnp.square(features[..., None, :] - self.prototypes).sum(-1)
+        similarities = jnp.log((distances + 1) / (distances + 1e-4))
+        kernel = variables["params"]["head"]["kernel"]
+        return Output(features, distances, similarities, similarities @ kernel)
+
+
+def split(count=5, size=(24, 28), seed=0):
+    """A source of images in blocks with labels and parts, and its batches of four."""
+    rng = np.random.default_rng(seed)
+    source = []
+    for _ in range(count):
+        blocks = rng.choice([0, 1, 2, 3, VOID], (6, 7), p=[0.3, 0.25, 0.2, 0.15, 0.1])
+        label = blocks.repeat(4, 0).repeat(4, 1).astype(np.uint8)
+        parts = np.where(label < 2, rng.integers(0, 3, (6, 7)).repeat(4, 0).repeat(4, 1), 0)
+        parts = np.where((label == 1) & (parts > 0), parts + 2, parts).astype(np.uint8)
+        image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        source.append({"image": image, "label": label, "parts": parts})
+    batches = []
+    for start in range(0, count, 4):
+        numbers = [n if n < count else -1 for n in range(start, start + 4)]
+        rows = [source[max(n, 0)] for n in numbers]
+        batches.append(
+            {
+                "image": np.stack([r["image"] for r in rows]),
+                "label": np.stack([r["label"] for r in rows]),
+                "size": np.tile(np.array(size, np.int32), (4, 1)),
+                "index": np.array(numbers, np.int32),
+            }
+        )
+    return source, batches
+
+
+def measured(devices, **changes):
+    source, batches = split()
+    inference = Inference(Model(), preprocessing.from_config(imagenet()), (24, 28))
+    kernel = example(0)[2]
+    part_classes = measures.part_classes(source, K, C)
+    return measures.measures(
+        DevicePool(jax.local_devices()[:devices]),
+        inference,
+        {"params": {"head": {"kernel": kernel}}},
+        measures.with_centroids(batches, source, (6, 7)),
+        prototype_classes=CLASSES,
+        part_classes=part_classes,
+        **changes,
+    )
+
+
+def imagenet():
+    return ml_collections.ConfigDict({"model": {"preprocessing": "imagenet"}})
+
+
+def test_a_whole_split_against_a_literal_pass():
+    """All measures but the sampled ones, image after image in NumPy; a filling counts nothing."""
+    source, _ = split()
+    kernel = example(0)[2]
+    normalise = preprocessing.from_config(imagenet()).normalise
+    counts, needed, hits = np.zeros(M, int), [], np.zeros((K, M), int)
+    visible, novelty, held = np.zeros(K, int), [], []
+    for item in source:
+        normalised = normalise(item["image"][None])
+        output = Model().apply({"params": {"head": {"kernel": kernel}}}, normalised)
+        output = jax.tree.map(lambda x: np.asarray(x[0]), output)
+        labels = item["label"][2::4, 2::4]
+        counts += slow_wins(output.similarities, labels)
+        here = np.asarray(measures.prototypes_needed(output.similarities, output.logits, kernel))
+        needed += here[labels != VOID].tolist()
+        centroids = measures.centroids_of(item["parts"], (6, 7))
+        hits += slow_hits(output.similarities, labels, centroids)
+        visible[list({part for part, _, _ in centroids})] += 1
+        novelty += output.distances.min(-1)[labels != VOID].tolist()
+        held += (labels == 3)[labels != VOID].tolist()
+    got = measured(1, held_out=3)
+    assert got["wins"] == counts.tolist() and got["unused"] == (counts == 0).sum()
+    entropies = []
+    for c in (0, 1):  # class 2 has one prototype
+        share = counts[CLASSES == c] / counts[CLASSES == c].sum()
+        entropies.append(-sum(p * np.log(p) for p in share if p) / np.log(len(share)))
+    assert got["utilisation"] == pytest.approx(np.mean(entropies))
+    assert got["sparsity"] == pytest.approx(np.mean([n for n in needed if n]))
+    part_classes = measures.part_classes(source, K, C)
+    assert part_classes.tolist() == [0, 0, 1, 1, -1]
+    consistent = [
+        any(hits[k, j] > 0.8 * visible[k] for k in range(K) if visible[k])
+        for j in range(M)
+        if CLASSES[j] in (0, 1)
+    ]
+    assert got["consistency"] == pytest.approx(np.mean(consistent))
+    novelty, held = np.array(novelty), np.array(held)
+    above = novelty[held][:, None] > novelty[~held]
+    assert got["novelty_auroc"] == pytest.approx(above.mean())
+    assert 0 <= got["stability"] <= 1
+    for curve in (got["survival"], got["random_survival"]):
+        assert curve[0] == 1.0 and curve[-1] == 0.0 and len(curve) == M + 1
+    area = np.mean(np.array(got["random_survival"]) - np.array(got["survival"]))
+    assert got["faithfulness"] == pytest.approx(area) and area > 0
+
+
+def test_devices_do_not_matter():
+    one, four = measured(1, held_out=3), measured(4, held_out=3)
+    assert one.keys() == four.keys()
+    for key, value in one.items():
+        assert value == pytest.approx(four[key]), key
+
+
+@pytest.mark.slow
+def test_without_noise_all_is_stable(monkeypatch):
+    monkeypatch.setattr(measures, "NOISE", 0.0)
+    assert measured(1)["stability"] == 1.0
+    monkeypatch.setattr(measures, "NOISE", 3.0)
+    assert measured(1)["stability"] < 1.0
+
+
+def test_utilisation_is_1_when_shared_alike_and_0_when_one_wins_all():
+    zero, curve = np.zeros(()), np.zeros(M + 1)
+    wins = np.array([5, 5, 5, 8, 0, 3])
+    sums = measures.Sums(wins, zero, zero, curve, curve, np.ones(()), *[zero] * 4)
+    result = measures.from_sums(sums, CLASSES, np.zeros(0, int))
+    assert result["utilisation"] == pytest.approx((1.0 + 0.0) / 2)
+    assert result["unused"] == 1 and result["sparsity"] is None
+    assert result["consistency"] is None and result["stability"] is None
+    names = [name for name, _ in measures.table(result)]
+    assert "consistency" not in names and "utilisation" in names
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))
+def test_auroc_counts_pairs(pairs):
+    scores, positive = np.array([s for s, _ in pairs]), np.array([p for _, p in pairs])
+    wins = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
+    got = measures.auroc(scores, positive)
+    assert got == (pytest.approx(np.mean(wins)) if wins else None)
