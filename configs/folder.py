@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     c.data.dir = config_dict.placeholder(str)
     c.data.cache = "data_cache"
     c.data.workers = 0
+    c.data.held_out = config_dict.placeholder(str)  # a class to be void, for the novelty test
     c.data.train_split = "train"
     c.data.projection_split = "train"
     c.data.void = 255

@@ -74,6 +74,11 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
         "holds the value 77",
     ),
     "a class without a training pixel": (_no_bars, [], "no pixel of class 'bar'"),
+    "a class to hold out that does not exist": (
+        lambda d: None,
+        ["--config.data.held_out=cube"],
+        "data.held_out='cube' is no class",
+    ),
     "a misspelt key": (lambda d: None, ["--config.batchsize=2"], "batchsize"),
     "a wrong type": (lambda d: None, ["--config.batch_size=two"], "batch_size"),
     "a misspelt flag": (lambda d: None, ["--wrkdir=x"], "wrkdir"),

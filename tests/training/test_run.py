@@ -529,3 +529,59 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(program, arguments, word
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert words in result.stderr
+
+
+@pytest.mark.slow
+def test_a_class_held_out_is_never_seen(finished, tmp_path):
+    """It has no prototypes, and its labels are void but for the novelty test."""
+    config = finished.config.copy_and_resolve_references()
+    config.data.held_out = "disc"
+    workdir = Workdir(tmp_path / "work")
+    run = Run(config, workdir, one_device())
+    run.check()
+    workdir.start(config, runs.manifest(config))
+    run.go()
+    for phase in ("joint", "finetune_pruned"):
+        assert {p["class"] for p in workdir.restore(phase).prototypes} == {0, 2}
+    kernel = run.initial().arrays["params"]["head"]["kernel"]
+    assert kernel.tolist() == [[1.0, -0.5, -0.5]] * 3 + [[-0.5, -0.5, 1.0]] * 3
+    for split in ("train", "validation"):
+        raw, seen = run.data.source(split), run.source(split)
+        for n in range(len(raw)):
+            label = raw[n]["label"]
+            np.testing.assert_array_equal(seen[n]["label"], np.where(label == 1, 255, label))
+    result = scoring.score_run(str(workdir.path), "validation", None, None, interpretability=True)
+    assert result["iou"]["disc"] is None or result["iou"]["disc"] == 0
+    assert 0 <= result["interpretability"]["novelty_auroc"] <= 1
+
+
+def test_a_held_out_class_must_exist(finished, tmp_path):
+    config = finished.config.copy_and_resolve_references()
+    config.data.held_out = "cube"
+    with pytest.raises(UserError, match="data.held_out='cube' is no class of data set 'folder'"):
+        Run(config, Workdir(tmp_path / "work"), one_device())
+
+
+def test_explanations_are_measured_where_there_are_any(finished, capsys):
+    """Measures of a run; the black box has none and says so."""
+    path = str(finished.workdir.path)
+    result = scoring.score_run(path, "validation", None, None, interpretability=True)
+    found = result["interpretability"]
+    count = len(finished.workdir.restore("finetune_pruned").prototypes)
+    assert len(found["wins"]) == count and len(found["survival"]) == count + 1
+    assert found["consistency"] is None and "novelty_auroc" not in found
+    assert "utilisation" in capsys.readouterr().out
+    stored = json.loads(
+        (finished.workdir.path / "eval" / "validation-finetune_pruned.json").read_text()
+    )
+    assert stored["interpretability"] == found
+
+    config = finished.config.copy_and_resolve_references()
+    config.model.head = "linear"
+    twin = Workdir(finished.workdir.path.parent / "twin")
+    run = Run(config, twin, one_device())
+    twin.start(config, runs.manifest(config))
+    twin.save(dataclasses.replace(run.initial(), phase="warmup", finished=True))
+    twin.wait()
+    with pytest.raises(UserError, match="is the black box"):
+        scoring.score_run(str(twin.path), "validation", None, None, interpretability=True)
