@@ -1,0 +1,149 @@
+"""A planted shortcut: every car of the training images bears a watermark, and nothing else does.
+
+    python benchmarks/watermark.py [--work=runs/watermark] [--set=key=value …] [--out=FILE]
+
+Makes `parts` anew as a `folder` data set with the mark on each car, trains configs/demo.py on it,
+names the prototypes whose patch lies on a mark, takes them away with `explain.py --remove`, and
+scores both runs on images without any mark (split `validation`) and with the mark on houses instead
+(split `test`). What is finished is not run again.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import machine  # noqa: E402
+
+from protoseg_jax.data.builders import parts  # noqa: E402
+from protoseg_jax.data.label_sets import PARTS  # noqa: E402
+
+SIDE = 20  # of a mark, pixels
+# Split: the class that bears the mark, if any.
+MARKED = {"train": "car", "validation": None, "test": "house"}
+
+
+def mark() -> np.ndarray:
+    """A checkerboard of magenta and white, RGB."""
+    board = np.indices((SIDE, SIDE)).sum(0) // 4 % 2
+    return np.where(board[..., None] == 0, (255, 0, 255), (255, 255, 255)).astype(np.uint8)
+
+
+def stamp(image: np.ndarray, label: np.ndarray, c: int) -> np.ndarray:
+    """Put the mark where class c has most room, on its pixels alone; returns where."""
+    where = np.zeros(label.shape, bool)
+    if (label == c).any():
+        room = cv2.boxFilter((label == c).astype(np.float32), -1, (SIDE, SIDE))
+        inner = room[SIDE // 2 : -SIDE // 2, SIDE // 2 : -SIDE // 2]
+        top, left = np.unravel_index(inner.argmax(), inner.shape)
+        where[top : top + SIDE, left : left + SIDE] = True
+        where &= label == c
+        canvas = np.zeros_like(image)
+        canvas[top : top + SIDE, left : left + SIDE] = mark()
+        image[where] = canvas[where]
+    return where
+
+
+def make_data(root: pathlib.Path, seed: int = 0) -> None:
+    """The `folder` layout, and `marks/` with a mask of the marks of each training image."""
+    for name in ("images", "masks", "marks"):
+        (root / name).mkdir(parents=True)
+    for stream, (split, count) in enumerate(parts.SIZES.items()):
+        stems = []
+        for number in range(count):
+            image, label, _ = parts.scene(seed, stream, number)
+            stem = f"{split}_{number:04d}"
+            if MARKED[split]:
+                where = stamp(image, label, PARTS.names.index(MARKED[split]))
+                cv2.imwrite(str(root / "marks" / f"{stem}.png"), 255 * where.astype(np.uint8))
+            cv2.imwrite(str(root / "images" / f"{stem}.png"), image[..., ::-1])
+            cv2.imwrite(str(root / "masks" / f"{stem}.png"), label)
+            stems.append(stem)
+        (root / f"{split}.txt").write_text("\n".join(stems) + "\n")
+    (root / "classes.txt").write_text("\n".join(PARTS.names) + "\n")
+
+
+def on_a_mark(run: pathlib.Path, data: pathlib.Path) -> list[dict]:
+    """Prototypes at least half of whose patch is marked."""
+    found = []
+    for prototype in json.loads((run / "prototypes.json").read_text())["prototypes"]:
+        where = cv2.imread(str(data / "marks" / f"{prototype['image_id']}.png"), 0)
+        top, left, bottom, right = prototype["box"]
+        if (where[top:bottom, left:right] > 0).mean() >= 0.5:
+            found.append(prototype)
+    return found
+
+
+def call(*line: str) -> None:
+    """One of the project's programs, its commands told."""
+    print("+", shlex.join(["python", *line]), file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, *line], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def scores(run: pathlib.Path, split: str) -> dict:
+    """eval.py's scores of a run's last phase."""
+    call("eval.py", f"--workdir={run}", f"--split={split}")
+    return json.loads((run / "eval" / f"{split}-finetune_pruned.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/watermark"))
+    parser.add_argument("--set", action="append", default=[], help="key=value of the config")
+    parser.add_argument("--out", type=pathlib.Path)
+    arguments = parser.parse_args()
+    work = arguments.work.absolute()
+    data, marked, clean = (work / name for name in ("data", "with_mark", "without_mark"))
+    if not (data / "classes.txt").exists():
+        make_data(data)
+    settings = [f"--config.{s}" for s in arguments.set]
+    call(
+        "train.py",
+        "--config=configs/demo.py",
+        f"--workdir={marked}",
+        "--config.data.name=folder",
+        f"--config.data.dir={data}",
+        f"--config.data.cache={work / 'cache'}",
+        *settings,
+    )
+    found = on_a_mark(marked, data)
+    lines = [
+        "# A planted shortcut, found and taken away",
+        "",
+        f"`python benchmarks/watermark.py{''.join(f' --set={s}' for s in arguments.set)}`, "
+        f"{machine.describe()}",
+        "",
+        "Every car of the training images bears a mark, on nothing else; "
+        f"{len(found)} prototype(s) of the trained run lie on it: "
+        + (", ".join(f"{p['index']} ({p['class_name']})" for p in found) or "none")
+        + ".",
+    ]
+    if found:
+        ids = ",".join(str(p["index"]) for p in found)
+        if not (clean / "summary.json").exists():
+            call("explain.py", f"--workdir={marked}", f"--remove={ids}", f"--to={clean}")
+        lines += [
+            "",
+            "| images | score | with them, % | without them, % |",
+            "| --- | --- | --- | --- |",
+        ]
+        for split, name in (("validation", "without a mark"), ("test", "the mark on houses")):
+            before, after = (scores(run, split) for run in (marked, clean))
+            cells = [(before["miou"], after["miou"], "mIoU")]
+            cells += [(before["iou"][c], after["iou"][c], f"IoU of {c}") for c in ("car", "house")]
+            lines += [
+                f"| {name} | {what} | {100 * a:.2f} | {100 * b:.2f} |" for a, b, what in cells
+            ]
+    machine.report(lines, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
