@@ -1,0 +1,105 @@
+"""Why a point or a pixel got its label: sums that add up to the logit that decided.
+
+At a point of the feature map, logit_c = Σ_j similarity_j · w_h[j, c] (section 3.1, no bias): the
+terms are the prototypes' *contributions* to class c, and similarity_j · (w_h[j, a] − w_h[j, b])
+theirs to the margin of a over b. A pixel's logits are bilinear in those of the points around it
+(METHOD, evaluation), and so are its similarities: the same sums hold at every pixel.
+"""
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from protoseg_jax.evaluation.segmentation import upsample_at
+from protoseg_jax.models.protoseg import Output
+from protoseg_jax.models.prototypes import similarity
+
+
+@flax.struct.dataclass
+class PointEvidence:
+    """What decides at every point of feature maps. Prototypes are positions in [0, M).
+
+    Attributes:
+      similarities: eq. 1.
+      logits: of each class.
+      label: the winning class.
+      prototype: the winning prototype, of the largest contribution to the winning class.
+      novelty: min_j ‖z − p_j‖² (METHOD): how far the point is from all that the model knows.
+    """
+
+    similarities: Float[Array, "*b h w m"]
+    logits: Float[Array, "*b h w c"]
+    label: Int[Array, "*b h w"]
+    prototype: Int[Array, "*b h w"]
+    novelty: Float[Array, "*b h w"]
+
+
+@flax.struct.dataclass
+class PixelEvidence:
+    """What decides at n pixels of one image.
+
+    Attributes:
+      logits: of each class, as upsampled for the segmentation.
+      similarities: eq. 1, upsampled alike.
+      label: the winning class.
+      runner_up: the class of the second highest logit.
+      contributions: to the winner's logit; they sum to it.
+      margins: to the winner's margin over the runner-up; they sum to it.
+    """
+
+    logits: Float[Array, "n c"]
+    similarities: Float[Array, "n m"]
+    label: Int[Array, " n"]
+    runner_up: Int[Array, " n"]
+    contributions: Float[Array, "n m"]
+    margins: Float[Array, "n m"]
+
+
+def explain_points(output: Output, kernel: Float[Array, "m c"]) -> PointEvidence:
+    """Evidence at every point of a model's output (device).
+
+    Args:
+      output: of a model with prototypes.
+      kernel: w_h.
+    """
+    similarities = similarity(output.distances)
+    label = output.logits.argmax(-1)
+    return PointEvidence(
+        similarities=similarities,
+        logits=output.logits,
+        label=label,
+        prototype=(similarities * kernel.T[label]).argmax(-1),
+        novelty=output.distances.min(-1),
+    )
+
+
+def explain_pixels(
+    similarities: Float[Array, "h w m"],
+    logits: Float[Array, "h w c"],
+    kernel: Float[Array, "m c"],
+    size: Int[Array, "2"],
+    rows: Int[Array, " n"],
+    cols: Int[Array, " n"],
+) -> PixelEvidence:
+    """Evidence at some pixels of an image; no map is brought to full size (device).
+
+    Args:
+      similarities, logits: of the image's points (`PointEvidence`).
+      kernel: w_h.
+      size: (height, width) that the maps are upsampled to.
+      rows, cols: the pixels.
+    """
+    similarities = upsample_at(similarities, size, rows, cols)
+    logits = upsample_at(logits, size, rows, cols)
+    label = logits.argmax(-1)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == label[:, None], -jnp.inf, logits)
+    runner_up = others.argmax(-1)
+    won, lost = kernel.T[label], kernel.T[runner_up]
+    return PixelEvidence(
+        logits=logits,
+        similarities=similarities,
+        label=label,
+        runner_up=runner_up,
+        contributions=similarities * won,
+        margins=similarities * (won - lost),
+    )
