@@ -1,8 +1,8 @@
 """A run's folder: config, manifest, metrics, checkpoints, prototypes, scores (DESIGN's contract).
 
 ```
-config.json · manifest.json · metrics.jsonl · tensorboard/ · checkpoints/ · prototypes.json ·
-prototypes/ · summary.json · eval/ · explain/
+config.json · manifest.json · classes.json · metrics.jsonl · tensorboard/ · checkpoints/ ·
+prototypes.json · prototypes/ · summary.json · eval/ · explain/
 ```
 
 Checkpoints are Orbax PyTree checkpoints of unreplicated NumPy arrays, so that a run restores on
@@ -311,6 +311,24 @@ class Workdir:
         if (self.checkpoints / f"{phase}.json").exists():
             return phase
         return next(reversed(self._inside(phase)), None)
+
+    def finished(self, phases: Sequence[str], wanted: str | None = None) -> list[str]:
+        """Those of the phases whose end is on disk.
+
+        Raises:
+          UserError: there is none, or `wanted` is not among them.
+        """
+        found = [name for name in phases if self.latest(name) == name]
+        if not found:
+            raise UserError(
+                f"run {str(self.path)!r} has not finished a phase yet; let train.py go on"
+            )
+        if wanted and wanted not in found:
+            raise UserError(
+                f"run {str(self.path)!r} has not finished phase {wanted!r}; "
+                f"it has {', '.join(found)}"
+            )
+        return found
 
     def newest(self, phases: Sequence[str]) -> Checkpoint | None:
         """The furthest checkpoint of a run that is whole; damaged ones are named and set aside.

@@ -12,10 +12,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.patches import Rectangle
 
+from protoseg_jax.workdir import write_atomically
+
 # Surroundings shown on each side of a patch: cells, and at least this share of the image.
 _CONTEXT_CELLS = 2
 _CONTEXT_SHARE = 1 / 12
 _COLUMNS = 10
+_SOURCE_SIDE = 1024
 
 
 def crop_with_context(
@@ -23,11 +26,23 @@ def crop_with_context(
 ) -> tuple[np.ndarray, list[int]]:
     """A patch with its surroundings, and the patch's box inside the crop."""
     top, left, bottom, right = box
-    least = int(min(image.shape[:2]) * _CONTEXT_SHARE)
-    dy, dx = (max(_CONTEXT_CELLS * n, least) for n in (bottom - top, right - left))
-    y, x = max(top - dy, 0), max(left - dx, 0)
-    crop = image[y : bottom + dy, x : right + dx]
-    return crop, [top - y, left - x, bottom - y, right - x]
+    dy, dx = _context(box, image.shape[:2])
+    crop = image[max(top - dy, 0) : bottom + dy, max(left - dx, 0) : right + dx]
+    return crop, inner_box(box, image.shape[:2])
+
+
+def inner_box(box: list[int], size: tuple[int, int]) -> list[int]:
+    """A patch's box inside its crop (`crop_with_context`) of an image of a (height, width)."""
+    top, left, bottom, right = box
+    y, x = (min(n, d) for n, d in zip((top, left), _context(box, size), strict=True))
+    return [y, x, y + bottom - top, x + right - left]
+
+
+def _context(box: list[int], size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of surroundings above and below, left and right."""
+    top, left, bottom, right = box
+    least = int(min(size) * _CONTEXT_SHARE)
+    return tuple(max(_CONTEXT_CELLS * n, least) for n in (bottom - top, right - left))
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
@@ -35,6 +50,31 @@ def save_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
     temporary = path.with_name(f".{path.name}.tmp.png")
     cv2.imwrite(str(temporary), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     temporary.replace(path)
+
+
+def source_name(number: int, image_id: str) -> str:
+    """File of a prototype's source image, from its number in the split and its id."""
+    safe = "".join(ch if ch.isalnum() or ch in "-_" else "_" for ch in image_id)
+    return f"{number:06d}_{safe}.jpg"
+
+
+def save_source(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Write a source image as JPEG, no longer than 1024 pixels."""
+    _, data = cv2.imencode(
+        ".jpg",
+        cv2.cvtColor(shrink(image, _SOURCE_SIDE), cv2.COLOR_RGB2BGR),
+        [cv2.IMWRITE_JPEG_QUALITY, 90],
+    )
+    write_atomically(path, data.tobytes())
+
+
+def shrink(image: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "H W 3"]:
+    """The image with its longer side at most `side` pixels, its aspect kept."""
+    scale = side / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = tuple(max(1, round(n * scale)) for n in image.shape[1::-1])
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def class_picture(

@@ -497,7 +497,11 @@ class Run:
     # -- what a phase leaves behind ------------------------------------------------------------
 
     def write_prototypes(self, checkpoint: Checkpoint) -> None:
-        """prototypes.json, the source crops and one picture a class."""
+        """prototypes.json, the source crops, the source images and one picture a class.
+
+        A prototype's "source" is the example it comes from: its file in prototypes/sources/, its
+        own (height, width), which the file may be smaller than, and the patch's box in it.
+        """
         names = self.data.label_set.names
         inference = self.inference(checkpoint.prototypes)
         eval_size = tuple(self.config.eval_size)
@@ -505,6 +509,17 @@ class Run:
         keys = ("index", "class", "class_name", "image_id", "row", "col", "box", "squared_distance")
         entries = [{**p, "class_name": names[p["class"]]} for p in checkpoint.prototypes]
         in_images = [{**e, "box": _moved(e["box"], e.get("tile", (0, 0)))} for e in entries]
+        source = self.examples(self.config.data.projection_split)
+        folder = self.workdir.path / "prototypes"
+        folder.mkdir(exist_ok=True)
+        for old in (*folder.glob("*.png"), *folder.glob("sources/*.jpg")):
+            old.unlink()
+        homes = {}
+        for number in sorted({e["image"] for e in entries}):
+            example = source[number]
+            name = figures.source_name(number, example["image_id"])
+            figures.save_source(folder / "sources" / name, example["image"])
+            homes[number] = {"file": name, "size": list(example["image"].shape[:2])}
         write_json(
             self.workdir.path / "prototypes.json",
             {
@@ -512,14 +527,13 @@ class Run:
                 "eval_size": list(eval_size),
                 "feature_size": list(size),
                 "classes": list(names),
-                "prototypes": [{k: e[k] for k in keys} for e in in_images],
+                "prototypes": [
+                    {k: placed[k] for k in keys}
+                    | {"source": {**homes[e["image"]], "box": e["box"]}}
+                    for e, placed in zip(entries, in_images, strict=True)
+                ],
             },
         )
-        folder = self.workdir.path / "prototypes"
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob("*.png"):
-            old.unlink()
-        source = self.examples(self.config.data.projection_split)
         infer = jax.jit(lambda v, image: inference(v, image[None]).similarities[0])
         variables = variables_of(checkpoint.arrays)
         for c, name in enumerate(names):
@@ -559,6 +573,8 @@ class Run:
 
     def go(self) -> None:
         """Every phase that is not yet done."""
+        if is_main():
+            write_json(self.workdir.path / "classes.json", vars(self.data.label_set))
         names = [phase.name for phase in self.phases]
         state = self.workdir.newest(names)
         at = names.index(state.phase) if state else 0

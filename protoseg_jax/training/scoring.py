@@ -47,14 +47,8 @@ def score_run(
     """
     folder = Workdir.existing(workdir)
     run = Run(folder.config(), folder)
-    finished = [p.name for p in run.phases if folder.latest(p.name) == p.name]
-    if not finished:
-        raise UserError(f"run {workdir!r} has not finished a phase yet; let train.py go on")
+    finished = folder.finished([p.name for p in run.phases], phase)
     phase = phase or finished[-1]
-    if phase not in finished:
-        raise UserError(
-            f"run {workdir!r} has not finished phase {phase!r}; it has {', '.join(finished)}"
-        )
     if interpretability and run.black_box:
         raise UserError(
             f"run {workdir!r} is the black box (model.head='linear'), which has no prototypes to "
