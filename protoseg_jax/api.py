@@ -125,15 +125,7 @@ class Explanation:
     ) -> evidence.PixelEvidence:
         """Evidence at n pixels, all of the part that decides the first one."""
         part = next(p for p in self.parts if _inside(p.own, rows[0], cols[0]))
-        found = _explain_pixels(
-            part.points.similarities,
-            part.points.logits,
-            self.kernel,
-            np.array(part.size),
-            rows - part.corner[0],
-            cols - part.corner[1],
-        )
-        return jax.tree.map(np.asarray, found)
+        return explain_pixels_of(part, self.kernel, rows - part.corner[0], cols - part.corner[1])
 
     @property
     def winning_prototype(self) -> Int[np.ndarray, "H W"]:
@@ -161,6 +153,20 @@ class Explanation:
 
 
 _explain_pixels = jax.jit(evidence.explain_pixels)
+
+
+def explain_pixels_of(
+    part: Part,
+    kernel: Float[np.ndarray, "m c"],
+    rows: Int[np.ndarray, " n"],
+    cols: Int[np.ndarray, " n"],
+) -> evidence.PixelEvidence:
+    """Evidence at pixels of a part, counted from its own corner, as NumPy arrays."""
+    points = part.points
+    found = _explain_pixels(
+        points.similarities, points.logits, kernel, np.array(part.size), rows, cols
+    )
+    return jax.tree.map(np.asarray, found)
 
 
 class Model:
@@ -211,7 +217,7 @@ class Model:
         image = read(image)
         labels = np.zeros(image.shape[:2], np.uint8)
         probabilities = np.zeros((*image.shape[:2], len(self.classes)), np.float32)
-        for corner, own, cut in self._cuts(image):
+        for corner, own, cut in self.cuts(image):
             logits = self._infer(self._variables, self.inference.prepare(cut)).logits
             canvas = tuple(-(-n // _CANVAS_STEP) * _CANVAS_STEP for n in cut.shape[:2])
             found = _segment(logits, np.array(cut.shape[:2]), canvas)
@@ -230,19 +236,27 @@ class Model:
         Raises:
           UserError: as `segment`; or the run is the black box, which has nothing to explain by.
         """
+        self.require_prototypes()
+        image = read(image)
+        parts = []
+        for corner, own, cut in self.cuts(image):
+            points = self._points(self._variables, self.inference.prepare(cut))
+            parts.append(Part(corner, cut.shape[:2], own, jax.tree.map(np.asarray, points)))
+        return Explanation(image, self.prototypes, self.kernel, parts)
+
+    def require_prototypes(self) -> None:
+        """Refuse the black box.
+
+        Raises:
+          UserError: the run is one.
+        """
         if self.kernel is None:
             raise UserError(
                 f"run {str(self.workdir.path)!r} is the black box (model.head='linear'): it has no "
                 "prototypes to explain by; name a run with model.head='prototypes'"
             )
-        image = read(image)
-        parts = []
-        for corner, own, cut in self._cuts(image):
-            points = self._points(self._variables, self.inference.prepare(cut))
-            parts.append(Part(corner, cut.shape[:2], own, jax.tree.map(np.asarray, points)))
-        return Explanation(image, self.prototypes, self.kernel, parts)
 
-    def _cuts(self, image: np.ndarray):
+    def cuts(self, image: np.ndarray):
         """(corner, own part, pixels) of what the network sees: the image, or its tiles."""
         overlap = self.config.get("eval_overlap")
         if overlap is None:

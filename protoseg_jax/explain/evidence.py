@@ -20,6 +20,7 @@ class PointEvidence:
     """What decides at every point of feature maps. Prototypes are positions in [0, M).
 
     Attributes:
+      features: z.
       similarities: eq. 1.
       logits: of each class.
       label: the winning class.
@@ -27,6 +28,7 @@ class PointEvidence:
       novelty: min_j ‖z − p_j‖² (METHOD): how far the point is from all that the model knows.
     """
 
+    features: Float[Array, "*b h w d"]
     similarities: Float[Array, "*b h w m"]
     logits: Float[Array, "*b h w c"]
     label: Int[Array, "*b h w"]
@@ -65,6 +67,7 @@ def explain_points(output: Output, kernel: Float[Array, "m c"]) -> PointEvidence
     similarities = similarity(output.distances)
     label = output.logits.argmax(-1)
     return PointEvidence(
+        features=output.features,
         similarities=similarities,
         logits=output.logits,
         label=label,

@@ -1,5 +1,6 @@
 """Pictures of prototypes: where each comes from and where it fires."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.patches import Rectangle
 
+from protoseg_jax.data.label_sets import LabelSet
 from protoseg_jax.workdir import write_atomically
 
 # Surroundings shown on each side of a patch: cells, and at least this share of the image.
@@ -60,12 +62,13 @@ def source_name(number: int, image_id: str) -> str:
 
 def save_source(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Write a source image as JPEG, no longer than 1024 pixels."""
-    _, data = cv2.imencode(
-        ".jpg",
-        cv2.cvtColor(shrink(image, _SOURCE_SIDE), cv2.COLOR_RGB2BGR),
-        [cv2.IMWRITE_JPEG_QUALITY, 90],
-    )
-    write_atomically(path, data.tobytes())
+    write_atomically(path, encode_jpeg(shrink(image, _SOURCE_SIDE), 90))
+
+
+def encode_jpeg(image: UInt8[np.ndarray, "h w 3"], quality: int) -> bytes:
+    """RGB as JPEG of a quality in 0–100."""
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def shrink(image: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -75,6 +78,27 @@ def shrink(image: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "H
         return image
     size = tuple(max(1, round(n * scale)) for n in image.shape[1::-1])
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def prototype_colours(
+    prototype_classes: Sequence[int], classes: LabelSet
+) -> list[tuple[int, int, int]]:
+    """A colour of each prototype: shades of its class's, so that lightness tells them apart.
+
+    Args:
+      prototype_classes: [M].
+      classes: names and colours.
+    """
+    counts = np.bincount(prototype_classes, minlength=len(classes))
+    seen = np.zeros(len(classes), int)
+    colours = []
+    for c in prototype_classes:
+        base = np.array(classes.colours[c], float)
+        place = (seen[c] + 0.5) / counts[c]  # from dark to light
+        dark, light = 0.35 * base, base + 0.75 * (255 - base)
+        colours.append(tuple(np.rint(dark + place * (light - dark)).astype(int).tolist()))
+        seen[c] += 1
+    return colours
 
 
 def class_picture(

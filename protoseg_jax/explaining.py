@@ -1,0 +1,233 @@
+"""What explain.py does: a run's page, its figures, and a run without some prototypes."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from protoseg_jax import api
+from protoseg_jax.devices import psum
+from protoseg_jax.errors import UserError
+from protoseg_jax.explain import evidence, explorer, figures
+from protoseg_jax.inference import Inference, cell_box
+from protoseg_jax.prototypes import patch_search
+from protoseg_jax.prototypes.pruning import NEIGHBOURS
+from protoseg_jax.training.run import Run, say, variables_of
+
+_IMAGES = 10  # of a split, on the page
+
+
+def explain_run(workdir: str, split: str, images: Sequence[str], out: str | None) -> Path:
+    """Write a run's explorer page.
+
+    Args:
+      workdir: the run's folder.
+      split: whose images, evenly chosen, are shown, and over which points won are counted.
+      images: paths to show instead.
+      out: the page's folder; None for DIR/explain.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: no run there, it has no prototypes, an image cannot be read, or there are neither
+        images nor the data set.
+    """
+    model = api.load(workdir)
+    model.require_prototypes()
+    pictures = [(Path(path).stem, api.read(path), None) for path in images]
+    notes = []
+    try:
+        run = Run(model.config, model.workdir)
+    except UserError as error:
+        if not images:
+            raise UserError(f"{error}; or name images with --images=PATH,…") from error
+        run = None
+        notes.append(
+            "The data set is not at hand: shares of points won and nearest patches are left out."
+        )
+    pictures = pictures or split_images(run, split)
+    if not model.projected:
+        notes.append(
+            f"This run has come to phase {model.phase}, before projection: its prototypes are "
+            "learnt vectors, not yet patches of training images, so there is nothing to show of "
+            "where they come from."
+        )
+    absent = [p.index for p in model.prototypes if model.projected and p.source is None]
+    if absent:
+        notes.append(
+            "The training images of "
+            + ("all prototypes" if len(absent) == len(model.prototypes) else f"{len(absent)}")
+            + " are not with the run; their patches are."
+        )
+    shown = [image for picture in pictures for image in _shown(model, *picture)]
+    cards = _cards(model, run, split)
+    target = Path(out) if out else model.workdir.path / "explain"
+    checked_target(target)
+    explorer.write(
+        target,
+        title=model.workdir.path.name,
+        facts=_facts(model, split, images),
+        notes=notes,
+        classes=model.classes,
+        vectors=np.asarray(model.checkpoint.arrays["params"]["prototypes"]["vectors"]),
+        kernel=model.kernel,
+        cards=cards,
+        images=shown,
+    )
+    return target / "index.html"
+
+
+def checked_target(out: Path) -> None:
+    """Refuse to replace a folder that is no page.
+
+    Raises:
+      UserError: it holds something else, or cannot be written.
+    """
+    if out.exists() and not (out / "data" / "run.js").exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds something that is no explorer page; name another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}); name another --out"
+        ) from error
+
+
+def split_images(run: Run, split: str) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
+    """(name, image, labels or None) of a split's images, evenly chosen."""
+    source, labelled = run.data.source(split), run.data.labelled(split)
+    chosen = np.unique(np.linspace(0, len(source) - 1, _IMAGES).astype(int)).tolist()
+    examples = [source[n] for n in chosen]
+    return [(e["image_id"], e["image"], e["label"] if labelled else None) for e in examples]
+
+
+def _facts(model: api.Model, split: str, images: Sequence[str]) -> list[str]:
+    facts = [f"phase {model.phase}", f"{len(model.prototypes)} prototypes"]
+    facts += [f"{len(model.classes)} classes", "your images" if images else f"{split} images"]
+    scores = {e["phase"]: e["miou"] for e in model.workdir.summary()}
+    if scores.get(model.phase) is not None:
+        facts.append(f"validation mIoU {100 * scores[model.phase]:.1f} %")
+    return facts
+
+
+def _shown(model, name, image, truth) -> list[explorer.Shown]:
+    """An image, or each of its tiles, as the page wants it."""
+    why, labels = model.explain(image), model.segment(image).labels
+    found = []
+    for part, (corner, _, cut) in zip(why.parts, model.cuts(image), strict=True):
+        window = tuple(slice(c, c + n) for c, n in zip(corner, part.size, strict=True))
+        here = name if len(why.parts) == 1 else f"{name} from ({corner[0]}, {corner[1]})"
+        local = None if truth is None else truth[window]
+        regions = []
+        if local is not None:
+            regions = explorer.wrong_regions(labels[window], local, len(model.classes))
+            for region in regions:
+                rows, cols = region["samples"]
+                seen = api.explain_pixels_of(part, model.kernel, rows, cols).similarities
+                region["causes"] = explorer.causes(
+                    seen, model.kernel, region["label"], region["truth"]
+                )
+        found.append(
+            explorer.Shown(
+                name=here,
+                image=cut,
+                truth=local,
+                labels=labels[window],
+                features=part.points.features,
+                similarities=part.points.similarities,
+                regions=regions,
+            )
+        )
+    return found
+
+
+def _cards(model: api.Model, run: Run | None, split: str) -> list[explorer.PrototypeCard]:
+    shares = [None] * len(model.prototypes)
+    nearest = [[] for _ in model.prototypes]
+    if run:
+        won = points_won(run, model, split)
+        shares = (won / max(won.sum(), 1)).tolist()
+        nearest = _nearest(run, model)
+    return [
+        explorer.PrototypeCard(
+            index=p.index,
+            class_=p.class_,
+            image_id=p.image_id,
+            box=p.box,
+            source_size=p.source_size,
+            patch=p.patch,
+            patch_box=p.patch_box,
+            source=p.source,
+            share=share,
+            nearest=near,
+        )
+        for p, share, near in zip(model.prototypes, shares, nearest, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def _make_counts_step(inference: Inference, count: int):
+    """step(variables, batch) → psum'd points won by each prototype [M]."""
+
+    def step(variables, batch):
+        output = inference(variables, batch["image"])
+        kernel = variables["params"]["head"]["kernel"]
+        winners = evidence.explain_points(output, kernel).prototype
+        real = (batch["index"] >= 0)[:, None, None]
+        counts = jnp.zeros(count + 1, jnp.int32)
+        return psum(counts.at[jnp.where(real, winners, count).reshape(-1)].add(1)[:-1])
+
+    return step
+
+
+def points_won(run: Run, model: api.Model, split: str) -> np.ndarray:
+    """How many points of a split each prototype wins (`PointEvidence.prototype`), int64 [M]."""
+    say(f"counting the points that each prototype wins in {split}")
+    step = run.pool.map(_make_counts_step(model.inference, len(model.prototypes)))
+    variables = run.pool.replicate(variables_of(model.checkpoint.arrays))
+    parts = [step(variables, batch) for batch in run.pool.prefetch(run.eval_batches(split))]
+    return sum((run.pool.first(p).astype(np.int64) for p in parts), np.zeros(1, np.int64))
+
+
+def _nearest(run: Run, model: api.Model):
+    """For each prototype (picture, class, image) of its nearest patches in the projection split."""
+    say("searching the training patches nearest to each prototype")
+    split = run.config.data.projection_split
+    classes = run.classes_of(model.checkpoint.prototypes)
+    patches = patch_search.search(
+        run.pool,
+        patch_search.make_search_step(model.inference, classes, k=NEIGHBOURS, within_class=False),
+        variables_of(model.checkpoint.arrays),
+        run.eval_batches(split),
+        patch_search.empty(len(classes), NEIGHBOURS, run.config.model.features),
+    )
+    examples = run.examples(split)
+    found = [[] for _ in classes]
+    size = feature_size(model)
+    places = [
+        (int(patches.image[j, k]), j, k)
+        for j in range(len(classes))
+        for k in range(NEIGHBOURS)
+        if np.isfinite(patches.squared_distance[j, k])
+    ]
+    pictures = {}
+    for number, j, k in sorted(places):  # each image is read once
+        if number != pictures.get("number"):
+            pictures = {"number": number, "example": examples[number]}
+        example = pictures["example"]
+        row, col = int(patches.row[j, k]), int(patches.col[j, k])
+        box = cell_box(row, col, size, example["image"].shape[:2])
+        crop = figures.crop_with_context(example["image"], box)[0]
+        found[j].append((k, crop, int(patches.label[j, k]), example["image_id"]))
+    return [[x[1:] for x in sorted(f, key=lambda x: x[0])] for f in found]
+
+
+def feature_size(model: api.Model) -> tuple[int, int]:
+    """(h, w) of the feature map at the run's evaluation size."""
+    image = jax.ShapeDtypeStruct((1, *model.inference.eval_size, 3), np.uint8)
+    variables = variables_of(model.checkpoint.arrays)
+    return jax.eval_shape(model.inference, variables, image).features.shape[1:3]
