@@ -50,7 +50,7 @@ class Prototype:
       image_id: the training image it comes from; None before projection, as all below.
       box: the patch in `source`, [top, left, bottom, right] of an image of `source_size`.
       source_size: (height, width) that the training image (or tile) had.
-      patch: the patch with two cells of its surroundings on each side, where the file is there.
+      patch: the patch with its surroundings, where the file is there.
       patch_box: the patch inside `patch`.
       source: file of the training image, perhaps smaller than it was; None if the run has none.
     """

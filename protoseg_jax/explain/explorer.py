@@ -122,10 +122,11 @@ def write(
             text = json.dumps(numbers, separators=(",", ":"))
             _write(temporary / "data" / f"{number:03d}.js", f"PROTOSEG.image({number},{text});\n")
             if numbers["step"] > 1:
+                points, step = "×".join(map(str, numbers["points"])), numbers["step"]
                 notes.append(
-                    f"{image.name}: its {image.features.shape[0]}×{image.features.shape[1]} points "
-                    f"are too many for this page; every {numbers['step']}th is here, and the "
-                    "cursor moves from one to the next. The numbers at them are exact."
+                    f"{points} points an image are too many for this page: it has every {step}th "
+                    "in each direction, the layers show those, and the cursor moves from one to "
+                    "the next. The numbers at them are exact."
                 )
         record = {
             "title": title,

@@ -43,7 +43,7 @@ class Browser:
         flags = "--headless --no-sandbox --disable-gpu --no-first-run --remote-debugging-pipe"
         flags += f" --disable-dev-shm-usage --user-data-dir={self._profile.name}"
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" {flags} about:blank 3<&{to_read} 4>&{to_write}', find()],
+            ["bash", "-c", f'exec "$0" {flags} about:blank 3<&{to_read} 4>&{to_write}', find()],
             pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -110,13 +110,14 @@ class Browser:
                   deviceScaleFactor=1, mobile=False)  # fmt: skip
 
     def open(self, page: pathlib.Path, fragment: str = "") -> float:
-        """Open a file, wait until it shows a pixel's numbers; the seconds that took."""
+        """Open an explorer page, wait until its view is there; the seconds that took."""
         begun = time.monotonic()
         self.call("Page.navigate", url="about:blank")
         self.call(
             "Page.navigate", url=page.resolve().as_uri() + ("#" + fragment if fragment else "")
         )
-        self.wait("document.readyState === 'complete' && !!document.querySelector('#total')")
+        shown = "document.querySelector('#total, .gallery, #view-mistakes p')"
+        self.wait(f"document.readyState === 'complete' && !!{shown}")
         return time.monotonic() - begun
 
     def evaluate(self, expression: str) -> Any:

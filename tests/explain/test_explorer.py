@@ -1,0 +1,249 @@
+"""The explorer in a real browser: what is clicked shows the numbers that the API gives."""
+
+import json
+import re
+import shutil
+
+import browser
+import numpy as np
+import pytest
+from PIL import Image
+
+from protoseg_jax import api, explaining
+from protoseg_jax.errors import UserError
+from protoseg_jax.explain import explorer
+from protoseg_jax.workdir import write_json
+
+pytestmark = pytest.mark.skipif(
+    browser.find() is None, reason="no Chromium on this machine (apt-get install chromium)"
+)
+ROWS = """[...document.querySelectorAll('.evidence li[data-prototype]')].map(
+  (li) => [Number(li.dataset.prototype), Number(li.querySelector('data').value)])"""
+SCORES = """Object.fromEntries([...document.querySelectorAll('#scores tr')].map(
+  (tr) => [tr.dataset.class, Number(tr.querySelector('data').value)]))"""
+
+
+@pytest.fixture(scope="module")
+def model(small_run):
+    return api.load(small_run.workdir.path)
+
+
+@pytest.fixture(scope="module")
+def page(small_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "explain"
+    return explaining.explain_run(str(small_run.workdir.path), "validation", [], str(out))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.Browser() as page:
+        yield page
+
+
+def value(chromium, selector):
+    return float(chromium.evaluate(f"document.querySelector('{selector} data').value"))
+
+
+def check_pixel(chromium, model, why, row, col, tolerance=1e-4):
+    """Everything the page says of a pixel is what the API says."""
+    pixel, ids = why.at(row, col), [p.index for p in model.prototypes]
+    names = model.classes.names
+    where = chromium.evaluate("document.querySelector('#where').textContent")
+    assert where == f"Row {row}, column {col}: "
+    assert chromium.evaluate("document.querySelector('#label').textContent") == names[pixel.label]
+    for name, score in chromium.evaluate(SCORES).items():
+        assert score == pytest.approx(pixel.logits[names.index(name)], abs=tolerance)
+    shown = chromium.evaluate(ROWS)
+    assert shown
+    for index, part in shown:
+        assert part == pytest.approx(pixel.contributions[ids.index(index)], abs=tolerance)
+    best = ids[int(pixel.contributions.argmax())]
+    assert best in [index for index, _ in shown] or pixel.contributions.max() <= 0
+    assert value(chromium, "#total") == pytest.approx(pixel.logits.max(), abs=tolerance)
+    assert value(chromium, "#lead") == pytest.approx(pixel.margins.sum(), abs=tolerance)
+    assert value(chromium, "#novelty") == pytest.approx(why.novelty[row, col], abs=tolerance)
+
+
+def test_a_pixel_named_in_the_address(chromium, small_run, model, page):
+    source = small_run.data.source("validation")
+    for number, (row, col) in enumerate([(0, 0), (33, 47)]):
+        why = model.explain(source[number]["image"])
+        chromium.open(page, f"image={number}&row={row}&col={col}")
+        check_pixel(chromium, model, why, row, col)
+    assert chromium.problems == []
+
+
+def test_a_click_and_the_arrow_keys(chromium, small_run, model, page):
+    image = small_run.data.source("validation")[0]["image"]
+    why, (height, width) = model.explain(image), image.shape[:2]
+    chromium.open(page)
+    left, top, across, down = chromium.evaluate(
+        "(r => [r.left, r.top, r.width, r.height])(document.querySelector('#stage')"
+        ".getBoundingClientRect())"
+    )
+    chromium.click(left + (21 + 0.5) / width * across, top + (13 + 0.5) / height * down)
+    check_pixel(chromium, model, why, 13, 21)
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
+        chromium.press(key)
+    check_pixel(chromium, model, why, 14, 23)
+    chromium.press("ArrowUp", shift=True)
+    check_pixel(chromium, model, why, 4, 23)
+    for _ in range(2):
+        chromium.press("ArrowUp", shift=True)
+    check_pixel(chromium, model, why, 0, 23)
+    assert "row=0&col=23" in chromium.evaluate("location.hash")
+    chromium.press("]")
+    assert "image=1" in chromium.evaluate("location.hash")
+
+
+def test_why_not_shows_the_parts_of_the_margin(chromium, small_run, model, page):
+    why = model.explain(small_run.data.source("validation")[1]["image"])
+    chromium.open(page, "image=1&row=20&col=20")
+    pixel, ids = why.at(20, 20), [p.index for p in model.prototypes]
+    chromium.evaluate("document.querySelectorAll('#question input')[1].click()")
+    margins = dict(zip(ids, pixel.margins, strict=True))
+    assert chromium.evaluate(ROWS)
+    for index, part in chromium.evaluate(ROWS):
+        assert part == pytest.approx(margins[index], abs=1e-4)
+    assert value(chromium, "#total") == pytest.approx(pixel.margins.sum(), abs=1e-4)
+
+
+def test_every_layer_is_painted_and_no_picture_is_missing(chromium, page):
+    chromium.open(page)
+    for key in "123456":
+        chromium.press(key)
+        assert chromium.evaluate("document.querySelector('#overlay').hidden") == (key == "1")
+    for view in ("prototypes", "mistakes", "image"):
+        chromium.evaluate(f"document.querySelector('[data-view={view}]').click()")
+        chromium.evaluate(
+            "document.querySelectorAll('img').forEach((i) => { i.loading = 'eager'; })"
+        )
+        chromium.wait("[...document.images].every((i) => i.complete && i.naturalWidth)")
+        assert chromium.evaluate("[...document.images].every((i) => i.alt)")
+    assert chromium.problems == []
+
+
+def test_winning_prototypes_layer_equals_the_api(chromium, small_run, model, page):
+    points = model.explain(small_run.data.source("validation")[0]["image"]).parts[0].points
+    chromium.open(page, "image=0&layer=novelty")
+    shown = chromium.evaluate("Array.from(everyPoint(images.get(0)).winner)")
+    np.testing.assert_array_equal(shown, points.prototype.ravel())
+    shown = chromium.evaluate("Array.from(everyPoint(images.get(0)).novelty)")
+    np.testing.assert_allclose(shown, points.novelty.ravel(), atol=1e-5)
+
+
+def test_the_page_fits_a_narrow_window(chromium, page):
+    chromium.resize(360, 740)
+    try:
+        for view in ("image", "prototypes", "mistakes"):
+            chromium.open(page, f"view={view}")
+            assert chromium.evaluate("document.documentElement.scrollWidth") <= 360
+    finally:
+        chromium.resize(1280, 900)
+
+
+def test_mistakes_lead_to_the_pixel_and_its_rival(chromium, small_run, model, page):
+    chromium.open(page, "view=mistakes")
+    record = json.loads(
+        re.search(r"run\((.*)\);", (page.parent / "data" / "run.js").read_text())[1]
+    )
+    kind = record["confusions"][0]
+    region = kind["regions"][0]
+    chromium.evaluate("document.querySelector('.region .plain').click()")
+    chromium.wait("document.querySelector('#total')")
+    truth = small_run.data.source("validation")[region["image"]]["label"]
+    assert truth[region["row"], region["col"]] == kind["truth"]
+    why = model.explain(small_run.data.source("validation")[region["image"]]["image"])
+    pixel = why.at(region["row"], region["col"])
+    assert pixel.label == kind["label"]
+    margin = pixel.logits[kind["label"]] - pixel.logits[kind["truth"]]
+    assert value(chromium, "#total") == pytest.approx(margin, abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1000, 200])
+def test_large_maps_are_kept_in_16_bits_or_thinned_out(
+    chromium, small_run, model, tmp_path, monkeypatch, budget
+):
+    monkeypatch.setattr(explorer, "_IMAGE_BYTES", budget)
+    path = str(small_run.workdir.path)
+    page = explaining.explain_run(path, "validation", [], str(tmp_path / "explain"))
+    chromium.open(page, "image=0&row=20&col=30")
+    step = chromium.evaluate("images.get(0).step")
+    assert (step > 1) == (budget == 200)
+    assert ("too many for this page" in chromium.evaluate("document.body.textContent")) == (
+        step > 1
+    )
+    why = model.explain(small_run.data.source("validation")[0]["image"])
+    if step == 1:
+        return check_pixel(chromium, model, why, 20, 30, tolerance=2e-2)
+    points = why.parts[0].points
+    row, col = chromium.evaluate("nearestKept(images.get(0), state.row, state.col)")
+    place = row * step + step // 2, col * step + step // 2
+    for name, score in chromium.evaluate(SCORES).items():
+        expected = points.logits[place][model.classes.names.index(name)]
+        assert score == pytest.approx(expected, abs=2e-2)
+
+
+def test_a_run_before_projection_says_so(chromium, small_run, tmp_path):
+    path = tmp_path / "early"
+    shutil.copytree(small_run.workdir.path, path)
+    shutil.rmtree(path / "checkpoints" / "projection")
+    (path / "checkpoints" / "projection.json").unlink()
+    page = explaining.explain_run(str(path), "validation", [], None)
+    assert page == path / "explain" / "index.html"
+    chromium.open(page, "image=0&row=10&col=10")
+    text = chromium.evaluate("document.querySelector('#notes').textContent")
+    assert "before projection" in text
+    assert "not a patch yet" in chromium.evaluate("document.querySelector('#for').textContent")
+
+
+def test_without_data_or_sources_the_page_is_whole(chromium, small_run, tmp_path):
+    """Crops travel with the run: a source image that was deleted leaves its patch."""
+    path = tmp_path / "alone"
+    shutil.copytree(small_run.workdir.path, path)
+    config = small_run.workdir.config_json()
+    config["data"] |= {"dir": "/nowhere", "cache": "/nowhere"}
+    write_json(path / "config.json", config)
+    next((path / "prototypes" / "sources").iterdir()).unlink()
+    with pytest.raises(UserError, match="--images"):
+        explaining.explain_run(str(path), "validation", [], None)
+    assert not (path / "explain").exists()
+    image = small_run.data.source("validation")[0]["image"]
+    Image.fromarray(image).save(tmp_path / "own.png")
+    page = explaining.explain_run(str(path), "validation", [str(tmp_path / "own.png")], None)
+    chromium.open(page, "image=0&row=10&col=10")
+    check_pixel(chromium, api.load(path), api.load(path).explain(image), 10, 10)
+    text = chromium.evaluate("document.querySelector('#notes').textContent")
+    assert "The data set is not at hand" in text and "are not with the run" in text
+    chromium.open(page, "view=prototypes")
+    text = chromium.evaluate("document.querySelector('main').textContent")
+    assert "source not with the run" in text
+    assert chromium.problems == []
+
+
+def test_a_page_is_replaced_but_nothing_else(small_run, page, tmp_path):
+    path = str(small_run.workdir.path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no explorer page"):
+        explaining.explain_run(path, "validation", [], str(tmp_path / "thesis"))
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_wrong_regions_and_their_causes():
+    truth = np.zeros((12, 14), np.uint8)
+    truth[2:6, 3:9] = 1
+    truth[9, :] = 255
+    labels = np.zeros_like(truth)
+    labels[4:6, 3:9] = 1
+    labels[9:, 0] = 2
+    first, second = explorer.wrong_regions(labels, truth, 3)
+    assert (first["truth"], first["label"], first["pixels"]) == (1, 0, 12)
+    assert first["box"] == [2, 3, 4, 9]
+    assert 2 <= first["row"] < 4 and 3 <= first["col"] < 9
+    assert set(zip(*(x.tolist() for x in first["samples"]), strict=True)) == {
+        (y, x) for y in (2, 3) for x in range(3, 9)
+    }
+    assert (second["truth"], second["label"], second["pixels"]) == (0, 2, 2)
+    similarities, kernel = np.array([[1.0, 4.0], [3.0, 0.0]]), np.array([[1.0, -1.0], [-0.5, 2.0]])
+    assert explorer.causes(similarities, kernel, 1, 0) == [(1, 5.0), (0, -4.0)]
