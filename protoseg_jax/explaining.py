@@ -1,21 +1,26 @@
 """What explain.py does: a run's page, its figures, and a run without some prototypes."""
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from protoseg_jax import api
 from protoseg_jax.devices import psum
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import UserError, reason
+from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.explain import evidence, explorer, figures
 from protoseg_jax.inference import Inference, cell_box
 from protoseg_jax.prototypes import patch_search
 from protoseg_jax.prototypes.pruning import NEIGHBOURS
+from protoseg_jax.training import run as runs
 from protoseg_jax.training.run import Run, say, variables_of
+from protoseg_jax.workdir import Checkpoint, Workdir, write_json
 
 _IMAGES = 10  # of a split, on the page
 
@@ -38,6 +43,8 @@ def explain_run(workdir: str, split: str, images: Sequence[str], out: str | None
     """
     model = api.load(workdir)
     model.require_prototypes()
+    target = Path(out) if out else model.workdir.path / "explain"
+    checked_target(target)
     pictures = [(Path(path).stem, api.read(path), None) for path in images]
     notes = []
     try:
@@ -65,8 +72,6 @@ def explain_run(workdir: str, split: str, images: Sequence[str], out: str | None
         )
     shown = [image for picture in pictures for image in _shown(model, *picture)]
     cards = _cards(model, run, split)
-    target = Path(out) if out else model.workdir.path / "explain"
-    checked_target(target)
     explorer.write(
         target,
         title=model.workdir.path.name,
@@ -231,3 +236,101 @@ def feature_size(model: api.Model) -> tuple[int, int]:
     image = jax.ShapeDtypeStruct((1, *model.inference.eval_size, 3), np.uint8)
     variables = variables_of(model.checkpoint.arrays)
     return jax.eval_shape(model.inference, variables, image).features.shape[1:3]
+
+
+def remove(workdir: str, ids: Sequence[str], to: str, *, force: bool) -> None:
+    """A new run without some prototypes, its last layer fine-tuned; prints what changed.
+
+    The new run stands after pruning; what follows is phase `finetune_pruned` with its settings
+    (those of `finetune` where a config has no such phase). The same call on a folder where this
+    was interrupted goes on. The original is only read.
+
+    Args:
+      workdir: the run's folder.
+      ids: numbers of the prototypes ("index" in prototypes.json).
+      to: the new run's folder.
+      force: also take a class's last prototype away.
+
+    Raises:
+      UserError: no such run or prototype, a class would have none left, the run is not projected,
+        or the folder holds something else.
+    """
+    model = api.load(workdir)
+    model.require_prototypes()
+    if not model.projected:
+        raise UserError(
+            f"run {workdir!r} has come to phase {model.phase}, before projection, so its "
+            "prototypes are not patches yet; let train.py go on"
+        )
+    keep = _kept(model, ids, force)
+    origin = {
+        "from": str(model.workdir.path),
+        "phase": model.phase,
+        "removed": sorted(map(int, ids)),
+    }
+    config = _removal_config(model.config)
+    folder = Workdir(to)
+    record = folder.path / "removed.json"
+    going_on = record.exists() and origin.items() <= json.loads(record.read_text()).items()
+    if folder.path.exists() and any(folder.path.iterdir()) and not going_on:
+        raise UserError(f"{to} is not empty; name a new folder with --to")
+    run = Run(config, folder)
+    run.pool.check_batch(config.batch_size, config.accumulate)
+    before = Run(model.config, model.workdir).score(model.checkpoint, "validation", overlap=False)
+    try:
+        with run.interrupts:
+            folder.start(config, runs.manifest(config))
+            if not going_on:
+                arrays, prototypes = runs.keep_prototypes(model.checkpoint, keep)
+                folder.save(Checkpoint("pruning", 1, True, arrays, prototypes))
+                folder.wait()
+                write_json(record, origin)
+            run.go()
+            final = folder.restore(run.phases[-1].name)
+            after = run.score(final, "validation", overlap=False)
+    finally:
+        folder.finish_writing()
+        folder.release()
+    write_json(record, {**origin, "before": before, "after": after})
+    print(evaluation.change_table(before, after, model.classes.names))
+
+
+def _kept(model: api.Model, ids: Sequence[str], force: bool) -> np.ndarray:
+    """Positions of the prototypes that stay.
+
+    Raises:
+      UserError: see `remove`.
+    """
+    known = [p.index for p in model.prototypes]
+    unknown = [i for i in ids if not i.isdecimal() or int(i) not in known]
+    if unknown:
+        raise UserError(
+            f"run {str(model.workdir.path)!r} has no prototype {', '.join(unknown)}; "
+            f'its {len(known)} prototypes are in prototypes.json, by "index"'
+        )
+    gone = set(map(int, ids))
+    keep = np.array([j for j, p in enumerate(model.prototypes) if p.index not in gone], int)
+    left = {model.prototypes[j].class_ for j in keep.tolist()}
+    bare = sorted({p.class_ for p in model.prototypes} - left)
+    if not left or (bare and not force):
+        names = ", ".join(repr(model.classes.names[c]) for c in bare)
+        raise UserError(
+            f"this would take the last prototype of class {names} away, and nothing would argue "
+            "for it any more; keep one" + (", or add --force" if left else "")
+        )
+    return keep
+
+
+def _removal_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with a pruning phase and a fine-tuning after it."""
+    config = config.copy_and_resolve_references()
+    phases = config.phases
+    phases.pruning = {"steps": 1}
+    if not phases.get("finetune_pruned", {}).get("steps"):
+        if not phases.get("finetune", {}).get("steps"):
+            raise UserError(
+                "the run's config has neither a finetune_pruned nor a finetune phase, which say "
+                "how the last layer is trained; name a run that has one"
+            )
+        phases.finetune_pruned = phases.finetune.copy_and_resolve_references()
+    return config

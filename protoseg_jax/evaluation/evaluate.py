@@ -124,6 +124,18 @@ def class_table(scores: dict[str, Any], names: tuple[str, ...]) -> str:
     return _table(rows)
 
 
+def change_table(before: dict[str, Any], after: dict[str, Any], names: tuple[str, ...]) -> str:
+    """IoU of each class, mean and pixel accuracy before and after a change, in per cent."""
+    values = [("mean", before["miou"], after["miou"])]
+    values.append(("pixel accuracy", before["pixel_accuracy"], after["pixel_accuracy"]))
+    rows = [("class", "before %", "after %", "change")]
+    for name, old, new in [*zip(names, before["iou"], after["iou"], strict=True), *values]:
+        change = None if old is None or new is None else new - old
+        cells = [_or_dash(x, "{:.2f}", 100) for x in (old, new)]
+        rows.append((name, *cells, _or_dash(change, "{:+.2f}", 100)))
+    return _table(rows)
+
+
 def _or_dash(value: float | None, form: str, scale: float = 1) -> str:
     return "–" if value is None else form.format(value * scale)
 

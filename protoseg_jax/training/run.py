@@ -462,7 +462,7 @@ class Run:
         clock = _started(start, phase.name)
         patches = self.search(start, k=1, within_class=True)
         result = project(patches, self.classes_of(start.prototypes))
-        arrays, prototypes = _keep(start, result.keep)
+        arrays, prototypes = keep_prototypes(start, result.keep)
         arrays["params"]["prototypes"] = {"vectors": result.vectors}
         size = feature_sizes(self.inference(prototypes), tuple(self.config.eval_size))[-1]
         source = self.examples(self.config.data.projection_split)
@@ -484,7 +484,7 @@ class Run:
         clock = _started(start, phase.name)
         patches = self.search(start, k=NEIGHBOURS, within_class=False)
         keep, saved = prune(patches, self.classes_of(start.prototypes))
-        arrays, prototypes = _keep(start, keep)
+        arrays, prototypes = keep_prototypes(start, keep)
         for c in saved:
             say(
                 f"warning: pruning would have dropped every prototype of class "
@@ -666,7 +666,9 @@ def _started(start: Checkpoint, phase: str) -> float:
     return time.monotonic() - (start.seconds if start.phase == phase else 0.0)
 
 
-def _keep(start: Checkpoint, keep: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def keep_prototypes(
+    start: Checkpoint, keep: np.ndarray
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Arrays and prototypes with only the prototypes at positions `keep`: new shapes."""
     params = dict(start.arrays["params"])
     params["prototypes"] = {"vectors": np.asarray(params["prototypes"]["vectors"])[keep]}

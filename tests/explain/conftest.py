@@ -19,6 +19,7 @@ def small_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("explained")
     make_data(root / "own")
     config = make_config(root)
+    config.batch_size = 8  # whatever the number of devices
     workdir = Workdir(root / "work")
     run = Run(config, workdir, DevicePool(jax.local_devices()[:1]))
     workdir.start(config, runs.manifest(config))

@@ -14,9 +14,12 @@ from protoseg_jax.errors import UserError
 from protoseg_jax.explain import explorer
 from protoseg_jax.workdir import write_json
 
-pytestmark = pytest.mark.skipif(
-    browser.find() is None, reason="no Chromium on this machine (apt-get install chromium)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        browser.find() is None, reason="no Chromium on this machine (apt-get install chromium)"
+    ),
+]
 ROWS = """[...document.querySelectorAll('.evidence li[data-prototype]')].map(
   (li) => [Number(li.dataset.prototype), Number(li.querySelector('data').value)])"""
 SCORES = """Object.fromEntries([...document.querySelectorAll('#scores tr')].map(
@@ -150,7 +153,7 @@ def test_mistakes_lead_to_the_pixel_and_its_rival(chromium, small_run, model, pa
     kind = record["confusions"][0]
     region = kind["regions"][0]
     chromium.evaluate("document.querySelector('.region .plain').click()")
-    chromium.wait("document.querySelector('#total')")
+    chromium.wait("!!document.querySelector('#total')")
     truth = small_run.data.source("validation")[region["image"]]["label"]
     assert truth[region["row"], region["col"]] == kind["truth"]
     why = model.explain(small_run.data.source("validation")[region["image"]]["image"])
@@ -219,31 +222,3 @@ def test_without_data_or_sources_the_page_is_whole(chromium, small_run, tmp_path
     text = chromium.evaluate("document.querySelector('main').textContent")
     assert "source not with the run" in text
     assert chromium.problems == []
-
-
-def test_a_page_is_replaced_but_nothing_else(small_run, page, tmp_path):
-    path = str(small_run.workdir.path)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(UserError, match="no explorer page"):
-        explaining.explain_run(path, "validation", [], str(tmp_path / "thesis"))
-    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
-
-
-def test_wrong_regions_and_their_causes():
-    truth = np.zeros((12, 14), np.uint8)
-    truth[2:6, 3:9] = 1
-    truth[9, :] = 255
-    labels = np.zeros_like(truth)
-    labels[4:6, 3:9] = 1
-    labels[9:, 0] = 2
-    first, second = explorer.wrong_regions(labels, truth, 3)
-    assert (first["truth"], first["label"], first["pixels"]) == (1, 0, 12)
-    assert first["box"] == [2, 3, 4, 9]
-    assert 2 <= first["row"] < 4 and 3 <= first["col"] < 9
-    assert set(zip(*(x.tolist() for x in first["samples"]), strict=True)) == {
-        (y, x) for y in (2, 3) for x in range(3, 9)
-    }
-    assert (second["truth"], second["label"], second["pixels"]) == (0, 2, 2)
-    similarities, kernel = np.array([[1.0, 4.0], [3.0, 0.0]]), np.array([[1.0, -1.0], [-0.5, 2.0]])
-    assert explorer.causes(similarities, kernel, 1, 0) == [(1, 5.0), (0, -4.0)]

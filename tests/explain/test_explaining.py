@@ -1,0 +1,106 @@
+"""What explain.py does beside showing: refusing, and taking prototypes away."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from protoseg_jax import api, explaining
+from protoseg_jax.errors import UserError
+from protoseg_jax.explain import explorer
+
+
+def test_wrong_regions_and_their_causes():
+    truth = np.zeros((12, 14), np.uint8)
+    truth[2:6, 3:9] = 1
+    truth[9, :] = 255
+    labels = np.zeros_like(truth)
+    labels[4:6, 3:9] = 1
+    labels[9:, 0] = 2
+    first, second = explorer.wrong_regions(labels, truth, 3)
+    assert (first["truth"], first["label"], first["pixels"]) == (1, 0, 12)
+    assert first["box"] == [2, 3, 4, 9]
+    assert 2 <= first["row"] < 4 and 3 <= first["col"] < 9
+    assert set(zip(*(x.tolist() for x in first["samples"]), strict=True)) == {
+        (y, x) for y in (2, 3) for x in range(3, 9)
+    }
+    assert (second["truth"], second["label"], second["pixels"]) == (0, 2, 2)
+    similarities, kernel = np.array([[1.0, 4.0], [3.0, 0.0]]), np.array([[1.0, -1.0], [-0.5, 2.0]])
+    assert explorer.causes(similarities, kernel, 1, 0) == [(1, 5.0), (0, -4.0)]
+
+
+def test_a_page_is_replaced_but_nothing_else(small_run, tmp_path):
+    path = str(small_run.workdir.path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no explorer page"):
+        explaining.explain_run(path, "validation", [], str(tmp_path / "thesis"))
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    with pytest.raises(UserError, match="cannot be written"):
+        explaining.explain_run(path, "validation", [], "/proc/nowhere/page")
+
+
+def test_prototypes_that_cannot_be_removed(small_run, tmp_path):
+    path = str(small_run.workdir.path)
+    model = api.load(path)
+    own = [str(p.index) for p in model.prototypes if p.class_ == 1]
+    cases = [
+        (["99"], "has no prototype 99"),
+        (["0", "seven", "-1"], "has no prototype seven, -1"),
+        (own, "the last prototype of class 'disc'"),
+        ([str(p.index) for p in model.prototypes], "the last prototype"),
+    ]
+    for ids, words in cases:
+        with pytest.raises(UserError, match=words) as error:
+            explaining.remove(path, ids, str(tmp_path / "new"), force=len(ids) > len(own))
+        assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        explaining.remove(path, own[:1], str(tmp_path / "full"), force=False)
+    early = tmp_path / "early"
+    shutil.copytree(path, early)
+    shutil.rmtree(early / "checkpoints" / "projection")
+    (early / "checkpoints" / "projection.json").unlink()
+    with pytest.raises(UserError, match="before projection"):
+        explaining.remove(str(early), own[:1], str(tmp_path / "new"), force=False)
+
+
+def files_of(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("force", [False, True])
+def test_a_new_run_without_prototypes(small_run, tmp_path, capsys, force):
+    """Its last layer alone has learnt; the original is as it was; what changed is told."""
+    path, model = small_run.workdir.path, api.load(small_run.workdir.path)
+    own = [p.index for p in model.prototypes if p.class_ == 1]
+    gone = own if force else own[:2]
+    before = files_of(path)
+    ids = [str(i) for i in gone]
+    explaining.remove(str(path), ids, str(tmp_path / "new"), force=force)
+    assert files_of(path) == before
+    printed = capsys.readouterr().out
+    assert "before %" in printed and "disc" in printed and "mean" in printed
+    new = api.load(tmp_path / "new")
+    assert new.phase == "finetune_pruned"
+    assert [p.index for p in new.prototypes] == [
+        p.index for p in model.prototypes if p.index not in gone
+    ]
+    old, params = (m.checkpoint.arrays["params"] for m in (model, new))
+    keep = [j for j, p in enumerate(model.prototypes) if p.index not in gone]
+    np.testing.assert_array_equal(
+        params["prototypes"]["vectors"], old["prototypes"]["vectors"][keep]
+    )
+    assert not np.array_equal(new.kernel, model.kernel[keep])
+    np.testing.assert_allclose(new.kernel, model.kernel[keep], atol=3 * 1e-3 + 1e-6)  # 3 steps
+    record = json.loads((tmp_path / "new" / "removed.json").read_text())
+    assert record["removed"] == gone and record["phase"] == "projection"
+    assert [e["phase"] for e in new.workdir.summary()] == ["pruning", "finetune_pruned"]
+    assert record["after"]["miou"] == pytest.approx(new.workdir.summary()[-1]["miou"])
+    assert all(p.patch is not None and p.source for p in new.prototypes)
+    explaining.remove(str(path), ids, str(tmp_path / "new"), force=force)  # goes on: nothing to do
+    with pytest.raises(UserError, match="is not empty"):
+        explaining.remove(str(path), ids[:1], str(tmp_path / "new"), force=force)
