@@ -12,7 +12,7 @@ import numpy as np
 
 from protoseg_jax import api
 from protoseg_jax.devices import psum
-from protoseg_jax.errors import UserError, reason
+from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.explain import evidence, explorer, figures
 from protoseg_jax.inference import Inference, cell_box
