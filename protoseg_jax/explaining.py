@@ -80,6 +80,7 @@ def explain_run(workdir: str, split: str, images: Sequence[str], out: str | None
         classes=model.classes,
         vectors=np.asarray(model.checkpoint.arrays["params"]["prototypes"]["vectors"]),
         kernel=model.kernel,
+        similarity=model.config.model.get("similarity", "log"),
         cards=cards,
         images=shown,
     )

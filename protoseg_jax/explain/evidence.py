@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from protoseg_jax.evaluation.segmentation import upsample_at
 from protoseg_jax.models.protoseg import Output
-from protoseg_jax.models.prototypes import similarity
 
 
 @flax.struct.dataclass
@@ -64,7 +63,7 @@ def explain_points(output: Output, kernel: Float[Array, "m c"]) -> PointEvidence
       output: of a model with prototypes.
       kernel: w_h.
     """
-    similarities = similarity(output.distances)
+    similarities = output.similarities
     label = output.logits.argmax(-1)
     return PointEvidence(
         features=output.features,

@@ -14,7 +14,6 @@ if they still do not, of every n-th point only: the page says so, and moves from
 import base64
 import dataclasses
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -95,6 +94,7 @@ def write(
     classes: LabelSet,
     vectors: Float[np.ndarray, "m d"],
     kernel: Float[np.ndarray, "m c"],
+    similarity: str,
     cards: Sequence[PrototypeCard],
     images: Sequence[Shown],
 ) -> None:
@@ -108,6 +108,7 @@ def write(
       classes: names and colours.
       vectors: the prototypes.
       kernel: w_h.
+      similarity: the model's, a key of `SIMILARITIES`.
       cards: the prototypes, in the order of `vectors`.
       images: what can be looked at.
     """
@@ -140,6 +141,7 @@ def write(
             "viridis": [_css(c) for c in _viridis()],
             "void": VOID,
             "epsilon": EPSILON,
+            "similarity": similarity,
             "kernel": _base64(kernel, "<f4"),
             "vectors": _base64(vectors, "<f4"),
             "prototypes": _cards(temporary, cards),
@@ -211,17 +213,19 @@ def _image(folder: Path, number: int, shown: Shown) -> tuple[dict[str, Any], dic
     _jpeg(folder / "images" / f"{number:03d}.jpg", figures.shrink(shown.image, _IMAGE_SIDE), 88)
     few = shown.features.shape[-1] <= shown.similarities.shape[-1]
     values = shown.features if few else shown.similarities
-    top = 1.0 if few else math.log(1 / EPSILON)
+    low, top = float(values.min()), float(values.max())
+    scale = (top - low) / 65535 or 1.0
     form, step = _form(values.shape)
     grid = values[step // 2 :: step, step // 2 :: step]
-    stored = grid if form == "<f4" else np.rint(np.clip(grid / top, 0, 1) * 65535)
+    stored = grid if form == "<f4" else np.rint((grid - low) / scale)
     entry = {"name": shown.name, "size": [height, width]}
     numbers = {
         "points": list(values.shape[:2]),
         "grid": list(grid.shape[:2]),
         "step": step,
         "features": few,
-        "scale": 1.0 if form == "<f4" else top / 65535,
+        "low": low,
+        "scale": scale,
         "bits": 8 * np.dtype(form).itemsize,
         "values": _base64(stored, form),
         "labels": _runs(shown.labels),

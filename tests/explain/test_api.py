@@ -13,7 +13,6 @@ import protoseg_jax
 from protoseg_jax.data.tiles import Tiled
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import segmentation
-from protoseg_jax.models.prototypes import similarity
 from protoseg_jax.training.run import variables_of
 from protoseg_jax.workdir import write_json
 
@@ -57,9 +56,7 @@ def test_segments_as_evaluation_does(small_run, model, image):
     np.testing.assert_array_equal(found.labels, full.argmax(-1))
     np.testing.assert_allclose(found.probabilities, jax.nn.softmax(full), atol=1e-5)
     why = model.explain(image)
-    np.testing.assert_allclose(
-        why.parts[0].points.similarities, similarity(output.distances)[0], atol=1e-4
-    )
+    np.testing.assert_allclose(why.parts[0].points.similarities, output.similarities[0], atol=1e-4)
     nearest = output.distances[0].min(-1)
     h, w = nearest.shape
     for row, col in [(0, 0), (size[0] - 1, size[1] - 1), (20, 11)]:

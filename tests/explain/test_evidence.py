@@ -29,8 +29,8 @@ def scene(seed):
 
 def output_of(z, p, kernel):
     d2 = squared_distances(jnp.array(z), jnp.array(p))
-    logits = jnp.log((d2 + 1) / (d2 + EPSILON)) @ kernel
-    return Output(jnp.array(z), d2, logits)
+    similarities = jnp.log((d2 + 1) / (d2 + EPSILON))
+    return Output(jnp.array(z), d2, similarities, similarities @ kernel)
 
 
 def slow_point(z, p, kernel):
