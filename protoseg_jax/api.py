@@ -137,16 +137,23 @@ class Explanation:
         """Squared distance to the nearest prototype of the point in whose cell each pixel lies."""
         return self._cells("novelty")
 
+    @property
+    def similarities(self) -> Float[np.ndarray, "h w m"]:
+        """Eq. 1 at every point; of tiles, at the point in whose cell each pixel lies [H W m]."""
+        if len(self.parts) == 1:
+            return self.parts[0].points.similarities
+        return self._cells("similarities")
+
     def _cells(self, name: str) -> np.ndarray:
         whole = None
         for part in self.parts:
             points = getattr(part.points, name)
             rows, cols = (
                 (np.arange(part.own[a], part.own[a + 2]) - part.corner[a]) * n // part.size[a]
-                for a, n in enumerate(points.shape)
+                for a, n in enumerate(points.shape[:2])
             )
             if whole is None:
-                whole = np.zeros(self.image.shape[:2], points.dtype)
+                whole = np.zeros((*self.image.shape[:2], *points.shape[2:]), points.dtype)
             top, left, bottom, right = part.own
             whole[top:bottom, left:right] = points[rows[:, None], cols]
         return whole

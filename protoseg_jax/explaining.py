@@ -1,5 +1,6 @@
 """What explain.py does: a run's page, its figures, and a run without some prototypes."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ import ml_collections
 import numpy as np
 
 from protoseg_jax import api
+from protoseg_jax.data.label_sets import VOID
 from protoseg_jax.devices import psum
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import evaluate as evaluation
-from protoseg_jax.explain import evidence, explorer, figures
-from protoseg_jax.inference import Inference, cell_box
+from protoseg_jax.evaluation import interpretability
+from protoseg_jax.explain import evidence, explorer, figures, paper
+from protoseg_jax.inference import Inference, cell_box, shrink_labels
 from protoseg_jax.prototypes import patch_search
 from protoseg_jax.prototypes.pruning import NEIGHBOURS
 from protoseg_jax.training import run as runs
@@ -155,7 +158,7 @@ def _cards(model: api.Model, run: Run | None, split: str) -> list[explorer.Proto
     shares = [None] * len(model.prototypes)
     nearest = [[] for _ in model.prototypes]
     if run:
-        won = points_won(run, model, split)
+        won, _ = point_counts(run, model, split)
         shares = (won / max(won.sum(), 1)).tolist()
         nearest = _nearest(run, model)
     return [
@@ -176,27 +179,40 @@ def _cards(model: api.Model, run: Run | None, split: str) -> list[explorer.Proto
 
 
 @functools.lru_cache(maxsize=2)
-def _make_counts_step(inference: Inference, count: int):
-    """step(variables, batch) → psum'd points won by each prototype [M]."""
+def _make_counts_step(inference: Inference, prototype_classes: tuple[int, ...]):
+    """step(variables, batch) → psum'd counts of `point_counts`."""
 
     def step(variables, batch):
         output = inference(variables, batch["image"])
-        kernel = variables["params"]["head"]["kernel"]
-        winners = evidence.explain_points(output, kernel).prototype
         real = (batch["index"] >= 0)[:, None, None]
-        counts = jnp.zeros(count + 1, jnp.int32)
-        return psum(counts.at[jnp.where(real, winners, count).reshape(-1)].add(1)[:-1])
+        winners = evidence.explain_points(output, variables["params"]["head"]["kernel"]).prototype
+        count = len(prototype_classes)
+        won = jnp.zeros(count + 1, jnp.int32)
+        won = won.at[jnp.where(real, winners, count).reshape(-1)].add(1)[:-1]
+        labels = shrink_labels(batch["label"], batch["size"], output.features.shape[1:3])
+        used = jax.lax.map(
+            lambda x: interpretability.wins(*x, np.array(prototype_classes)),
+            (output.similarities, jnp.where(real, labels, VOID)),
+        )
+        return psum((won, used.sum(0)))
 
     return step
 
 
-def points_won(run: Run, model: api.Model, split: str) -> np.ndarray:
-    """How many points of a split each prototype wins (`PointEvidence.prototype`), int64 [M]."""
-    say(f"counting the points that each prototype wins in {split}")
-    step = run.pool.map(_make_counts_step(model.inference, len(model.prototypes)))
+def point_counts(run: Run, model: api.Model, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(points won, points of its class) of each prototype over a split, int64 [M] each.
+
+    A point is won by the prototype that contributes most to the class it gets; of its true class's
+    prototypes it belongs to the one that is most similar (Fig. 5).
+    """
+    say(f"counting the points of each prototype in {split}")
+    classes = tuple(p.class_ for p in model.prototypes)
+    step = run.pool.map(_make_counts_step(model.inference, classes))
     variables = run.pool.replicate(variables_of(model.checkpoint.arrays))
-    parts = [step(variables, batch) for batch in run.pool.prefetch(run.eval_batches(split))]
-    return sum((run.pool.first(p).astype(np.int64) for p in parts), np.zeros(1, np.int64))
+    counts = np.zeros((2, len(classes)), np.int64)
+    for batch in run.pool.prefetch(run.eval_batches(split)):
+        counts += np.array(run.pool.first(step(variables, batch)))
+    return counts[0], counts[1]
 
 
 def _nearest(run: Run, model: api.Model):
@@ -237,6 +253,66 @@ def feature_size(model: api.Model) -> tuple[int, int]:
     image = jax.ShapeDtypeStruct((1, *model.inference.eval_size, 3), np.uint8)
     variables = variables_of(model.checkpoint.arrays)
     return jax.eval_shape(model.inference, variables, image).features.shape[1:3]
+
+
+def draw_figures(
+    workdir: str,
+    split: str,
+    images: Sequence[str],
+    out: str | None,
+    names: Sequence[str],
+    compare: str | None,
+) -> list[Path]:
+    """Draw some of the paper's figures (`paper`), a second run beside the first if one is named.
+
+    Args:
+      workdir, split, images: as in `explain_run`.
+      out: folder of the figures; None for DIR/figures.
+      names: keys of `paper.FIGURES`.
+      compare: a second run's folder, of the same classes.
+
+    Raises:
+      UserError: as `explain_run`; or a figure is unknown, or the runs' classes differ.
+    """
+    unknown = [name for name in names if name not in paper.FIGURES]
+    if unknown:
+        raise UserError(
+            f"figure {', '.join(unknown)} is unknown; there are {', '.join(paper.FIGURES)}"
+        )
+    models = [api.load(path) for path in (workdir, compare) if path]
+    for model in models:
+        model.require_prototypes()
+    if models[0].classes.names != models[-1].classes.names:
+        raise UserError(f"runs {workdir} and {compare} have different classes; compare like runs")
+    run = Run(models[0].config, models[0].workdir)
+    found = [(Path(path).stem, api.read(path), None) for path in images]
+    pictures = [paper.Picture(*p) for p in found or split_images(run, split)]
+    sides = [_side(model, pictures, split) for model in models]
+    if sides[0].name == sides[-1].name and compare:
+        sides[1] = dataclasses.replace(sides[1], name=f"{sides[1].name} (2)")
+    target = Path(out) if out else models[0].workdir.path / "figures"
+    written = []
+    for name in dict.fromkeys(names):
+        written += paper.FIGURES[name](target, pictures, sides, models[0].classes)
+    return written
+
+
+def _side(model: api.Model, pictures: Sequence[paper.Picture], split: str) -> paper.Side:
+    """A run as the figures want it."""
+    _, counts = point_counts(Run(model.config, model.workdir), model, split)
+    seen = []
+    for picture in pictures:
+        why = model.explain(picture.image)
+        labels = model.segment(picture.image).labels
+        seen.append(paper.Seen(labels, why.similarities, why.winning_prototype))
+    return paper.Side(
+        name=model.workdir.path.name,
+        prototype_classes=np.array([p.class_ for p in model.prototypes]),
+        ids=[p.index for p in model.prototypes],
+        patches=[None if p.patch is None else (p.patch, p.patch_box) for p in model.prototypes],
+        counts=counts,
+        seen=seen,
+    )
 
 
 def remove(workdir: str, ids: Sequence[str], to: str, *, force: bool) -> None:

@@ -8,6 +8,7 @@ stderr and nothing half written, or this program fails.
 
 import argparse
 import contextlib
+import json
 import pathlib
 import shutil
 import subprocess
@@ -181,6 +182,49 @@ def evaluate(scratch: pathlib.Path, *arguments: str) -> tuple[int, str]:
     return run(line, scratch)
 
 
+def explain_cases(scratch: pathlib.Path) -> dict[str, tuple[int, str, str]]:
+    """The same of explain.py, on a whole run; nothing may be left behind."""
+    make_data(scratch / "data")
+    line = kill.command(scratch / "data", scratch / "cache", scratch / "work")
+    code, errors = run(line, scratch)
+    if code:
+        raise RuntimeError(errors)
+    work, new = scratch / "work", scratch / "new"
+    (scratch / "text.png").write_text("no image")
+    Image.fromarray(np.zeros((40, 56, 4), np.uint8)).save(scratch / "alpha.png")
+    prototypes = json.loads((work / "prototypes.json").read_text())["prototypes"]
+    own = ",".join(str(p["index"]) for p in prototypes if p["class"] == 0)
+    early = scratch / "early"
+    later = ("projection", "pruning", "finetune", "prototypes")
+    shutil.copytree(work, early, ignore=lambda _, names: [n for n in names if n.startswith(later)])
+    cases = {
+        "an image that does not decode": (["--images=" + str(scratch / "text.png")], "not decode"),
+        "an image that is not there": (["--images=/nowhere.png"], "/nowhere.png does not exist"),
+        "an image with transparency": (["--images=" + str(scratch / "alpha.png")], "is RGBA"),
+        "a split that does not exist": (["--split=night"], "split 'night' does not exist"),
+        "a folder that is no page": ([f"--out={scratch / 'data'}"], "no explorer page"),
+        "an unknown figure": (["--figures=fig3"], "figure fig3 is unknown"),
+        "nothing to compare in": ([f"--compare={work}"], "add --figures"),
+        "a prototype that does not exist": (["--remove=0,99", f"--to={new}"], "no prototype 99"),
+        "a class's last prototype": ([f"--remove={own}", f"--to={new}"], "the last prototype"),
+        "a removal without a place": (["--remove=0"], "go together"),
+        "a removal onto another run": (["--remove=0", f"--to={work}"], "is not empty"),
+        "a removal before projection": (
+            ["--remove=0", f"--to={new}", f"--workdir={early}"],
+            "before projection",
+        ),
+        "a folder that is no run": ([f"--workdir={scratch / 'data'}"], "holds no run"),
+    }
+    found = {}
+    for name, (arguments, words) in cases.items():
+        line = [sys.executable, str(ROOT / "explain.py"), f"--workdir={work}", *arguments]
+        found[f"explain.py: {name}"] = (*run(line, scratch), words)
+    left = [p for p in (new, work / "explain", work / "figures") if p.exists()]
+    if left:
+        raise RuntimeError(f"left behind: {left}")
+    return found
+
+
 def run_cases(scratch: pathlib.Path) -> dict[str, tuple[int, str, str]]:
     """(exit code, stderr, expected words) of what goes wrong with a run that exists."""
     found = {}
@@ -245,6 +289,9 @@ def main() -> None:
             add(name, code, errors, words, folder)
     with tempfile.TemporaryDirectory() as folder:
         for name, (code, errors, words) in run_cases(pathlib.Path(folder)).items():
+            add(name, code, errors, words, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (code, errors, words) in explain_cases(pathlib.Path(folder)).items():
             add(name, code, errors, words, folder)
     if can_mount():
         with tempfile.TemporaryDirectory() as folder:

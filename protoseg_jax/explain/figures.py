@@ -136,10 +136,10 @@ def class_picture(
         band, column = divmod(n, columns)
         patch, source, heat = axes[3 * band : 3 * band + 3, column]
         patch.imshow(crop, interpolation="nearest")
-        patch.add_patch(_outline(inner, "white"))
+        patch.add_patch(outline(inner, "white"))
         patch.set_title(f"prototype {prototype['index']}", fontsize=8)
         source.imshow(image)
-        source.add_patch(_outline(prototype["box"], "white"))
+        source.add_patch(outline(prototype["box"], "white"))
         source.set_title(_short(prototype["image_id"]), fontsize=6)
         heat.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap="gray")
         size = (image.shape[1], image.shape[0])
@@ -150,7 +150,7 @@ def class_picture(
             vmin=0.0,
             vmax=np.log(1e4),
         )
-        heat.add_patch(_outline(prototype["box"], "white"))
+        heat.add_patch(outline(prototype["box"], "white"))
     figure.suptitle(f"{class_name}: patch · source image · activation", fontsize=10)
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=110)
@@ -158,7 +158,7 @@ def class_picture(
     temporary.replace(path)
 
 
-def _outline(box: list[int], colour: str) -> Rectangle:
+def outline(box: list[int], colour: str) -> Rectangle:
     top, left, bottom, right = box
     return Rectangle(
         (left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.2

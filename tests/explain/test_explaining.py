@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -104,3 +105,54 @@ def test_a_new_run_without_prototypes(small_run, tmp_path, capsys, force):
     explaining.remove(str(path), ids, str(tmp_path / "new"), force=force)  # goes on: nothing to do
     with pytest.raises(UserError, match="is not empty"):
         explaining.remove(str(path), ids[:1], str(tmp_path / "new"), force=force)
+
+
+def test_points_are_counted_as_one_by_one(small_run):
+    model = api.load(small_run.workdir.path)
+    won, used = explaining.point_counts(small_run, model, "validation")
+    source, inference = small_run.data.source("validation"), model.inference
+    expected = np.zeros((2, len(model.prototypes)), int)
+    classes = np.array([p.class_ for p in model.prototypes])
+    for n in range(len(source)):
+        points = model.explain(source[n]["image"]).parts[0].points
+        h, w = points.label.shape
+        height, width = source[n]["label"].shape
+        for y, x in np.ndindex(h, w):
+            expected[0, points.prototype[y, x]] += 1
+            c = source[n]["label"][(2 * y + 1) * height // (2 * h), (2 * x + 1) * width // (2 * w)]
+            own = np.nonzero(classes == c)[0]
+            if len(own):
+                expected[1, own[points.similarities[y, x, own].argmax()]] += 1
+    assert inference.eval_size == (49, 57)
+    np.testing.assert_array_equal(won, expected[0])
+    np.testing.assert_array_equal(used, expected[1])
+
+
+def test_figures_that_cannot_be_drawn(small_run, tmp_path):
+    path = str(small_run.workdir.path)
+    with pytest.raises(UserError, match="figure fig9 is unknown; there are fig2, fig5"):
+        explaining.draw_figures(path, "validation", [], None, ["fig5", "fig9"], None)
+    other = tmp_path / "other"
+    shutil.copytree(path, other)
+    record = json.loads((other / "classes.json").read_text())
+    record["names"][1] = "ring"
+    (other / "classes.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="different classes"):
+        explaining.draw_figures(path, "validation", [], None, ["fig5"], str(other))
+    assert not (small_run.workdir.path / "figures").exists()
+
+
+@pytest.mark.slow
+def test_figures_of_one_run_and_of_two(small_run, tmp_path):
+    path = str(small_run.workdir.path)
+    names = ["fig2", "fig5", "fig6", "fig7", "fig8"]
+    one = explaining.draw_figures(path, "validation", [], str(tmp_path / "one"), names, None)
+    two = explaining.draw_figures(path, "validation", [], str(tmp_path / "two"), names, path)
+    for written in (one, two):
+        assert {p.name.partition(".")[0].partition("_")[0] for p in written} == set(names)
+        for file in written:
+            root = xml.etree.ElementTree.parse(file).getroot()
+            assert root.tag.endswith("svg")
+    bars = [x.read_text().count("clip-path") for x in (one + two) if x.name == "fig5.svg"]
+    assert bars[1] == 2 * bars[0] == 2 * len(api.load(path).prototypes)
+    assert len([p for p in two if p.name.startswith("fig8")]) == 4  # two images, two runs

@@ -20,6 +20,11 @@ def test_bad_runs(tmp_path):
         assert bad_inputs.verdict(code, errors, words), (name, errors)
 
 
+def test_bad_explanations(tmp_path):
+    for name, (code, errors, words) in bad_inputs.explain_cases(tmp_path).items():
+        assert bad_inputs.verdict(code, errors, words), (name, errors)
+
+
 def test_full_disk(tmp_path):
     if not bad_inputs.can_mount():
         pytest.skip("no file system can be mounted here (unshare -rm)")
