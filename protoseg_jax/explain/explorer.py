@@ -30,7 +30,7 @@ from protoseg_jax.explain import figures
 from protoseg_jax.models.prototypes import EPSILON
 
 _IMAGE_BYTES = 560_000  # an image's numbers; 10 such images and 210 prototypes stay below 15 MB
-_IMAGE_SIDE, _SOURCE_SIDE, _NEAREST_SIDE = 1024, 256, 64
+_IMAGE_SIDE, _SOURCE_SIDE, _NEAREST_SIDE = 1024, 240, 64
 _CONFUSIONS, _REGIONS, _CAUSES = 12, 6, 6  # shown: kinds, regions of a kind, prototypes of a region
 _REGION_SAMPLES = 256  # pixels of a region whose evidence is averaged
 _TEMPLATE = Path(__file__).with_name("explorer.html")
@@ -265,7 +265,7 @@ def _cards(folder: Path, cards: Sequence[PrototypeCard]) -> list[dict[str, Any]]
             if card.source not in written:
                 image = cv2.cvtColor(cv2.imread(str(card.source)), cv2.COLOR_BGR2RGB)
                 written[card.source] = f"sources/{len(written):03d}.jpg"
-                _jpeg(folder / written[card.source], figures.shrink(image, _SOURCE_SIDE), 78)
+                _jpeg(folder / written[card.source], figures.shrink(image, _SOURCE_SIDE), 74)
             record["source"] = written[card.source]
             record["sourceBox"] = _shares(card.box, card.source_size)
             record["sourceSize"] = list(card.source_size)

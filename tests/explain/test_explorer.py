@@ -5,6 +5,7 @@ import re
 import shutil
 
 import browser
+import explaining as benchmark  # benchmarks/explaining.py
 import numpy as np
 import pytest
 from PIL import Image
@@ -222,3 +223,8 @@ def test_without_data_or_sources_the_page_is_whole(chromium, small_run, tmp_path
     text = chromium.evaluate("document.querySelector('main').textContent")
     assert "source not with the run" in text
     assert chromium.problems == []
+
+
+def test_ten_images_and_210_prototypes_stay_below_15_megabytes(tmp_path):
+    folder = benchmark.page(tmp_path).parent
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 15e6
