@@ -57,7 +57,12 @@ def get_config() -> ConfigDict:
     c.phases.projection = {"steps": 1}
     c.phases.finetune = finetune
     c.phases.pruning = {"steps": 1}
-    c.phases.finetune_pruned = finetune
+    # Pruning drops a third of these prototypes; w_h has more to mend.
+    c.phases.finetune_pruned = {
+        "steps": 150,
+        "learning_rates": {"head": 1e-3},
+        "schedule": "constant",
+    }
 
     c.log_every = 10
     c.eval_every = 300
