@@ -1,4 +1,4 @@
-"""The paper's Tables 1–4 in Markdown, our runs' figures beside the paper's.
+"""The paper's Tables 1–4 in Markdown, our runs' figures beside the paper's; and their measures.
 
     python -m protoseg_jax.tables DIR …
 
@@ -10,6 +10,7 @@ cent, on validation unless a column says test.
 
 import dataclasses
 import functools
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -53,10 +54,12 @@ class Run:
     Attributes:
       config: config.json.
       phases: the entries of summary.json by phase.
+      measures: those of explanations by phase (eval/validation-PHASE.json), where they were taken.
     """
 
     config: dict[str, Any]
     phases: dict[str, dict[str, Any]]
+    measures: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def deviations(self) -> list[str]:
@@ -101,7 +104,13 @@ def read(folder: str) -> Run:
       UserError: it holds no run.
     """
     workdir = Workdir.existing(folder)
-    return Run(workdir.config_json(), {entry["phase"]: entry for entry in workdir.summary()})
+    measures = {}
+    for path in (workdir.path / "eval").glob("validation-*.json"):
+        scores = json.loads(path.read_text())
+        if "interpretability" in scores and not scores.get("flips"):
+            measures[scores["phase"]] = scores["interpretability"]
+    phases = {entry["phase"]: entry for entry in workdir.summary()}
+    return Run(workdir.config_json(), phases, measures)
 
 
 def _ours(values: Iterable[float | None], scale: float = 100.0, digits: int = 2) -> str:
@@ -213,11 +222,43 @@ def tables(runs: Sequence[Run]) -> str:
             for kind, name, miou, error in TABLE_4
         ),
     )
+    measured = _measures(runs)
     note = (
         "The paper's projection and pruning rows are scores after their fine-tunings, hence our "
         "phases beside them. Its Table 4 error can only be 1 − F."
     )
-    return "\n\n".join([first, second, third, fourth, note])
+    return "\n\n".join([first, second, third, fourth, note, *measured])
+
+
+# (key, title, factor) of the measures of explanations
+MEASURES = (
+    ("utilisation", "utilisation %", 100),
+    ("unused", "win no point", 1),
+    ("sparsity", "sparsity", 1),
+    ("faithfulness", "faithfulness %", 100),
+    ("consistency", "consistency %", 100),
+    ("stability", "stability %", 100),
+    ("novelty_auroc", "novelty AUROC %", 100),
+)
+
+
+def _measures(runs: Sequence[Run]) -> list[str]:
+    """The table of measures after the last phase, a row a data set and λ_J; none without any."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        if "finetune_pruned" in run.measures:
+            name = run.config["data"]["name"]
+            key = _SETS.get(name, name), f"{run.config['loss']['diversity']:g}"
+            rows.setdefault(key, []).append(run.measures["finetune_pruned"])
+    if not rows:
+        return []
+    cells = [
+        (*key, *(_ours((m.get(k) for m in found), scale) for k, _, scale in MEASURES))
+        for key, found in rows.items()
+    ]
+    head = ("data", "λ_J", *(title for _, title, _ in MEASURES))
+    shown = [[c.replace(NOT_RUN, "–") for c in row] for row in cells]
+    return [_markdown("Measures of explanations, validation", head, shown)]
 
 
 def _main(*folders: str) -> None:

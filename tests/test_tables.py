@@ -100,3 +100,18 @@ def test_the_command_tells_what_counts_for_nothing(tmp_path):
     command = [sys.executable, "-m", "protoseg_jax.tables", folder]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"{folder} is of no row (parts, imagenet)" in result.stdout
+
+
+def test_measures_of_explanations_have_a_table(tmp_path):
+    """Mean and deviation over the runs of a data set and λ_J that were measured."""
+    folders = [make_run(tmp_path, name, "parts", 0.5) for name in "abc"]
+    assert "Measures" not in tables.tables([tables.read(f) for f in folders])
+    for folder, sparsity in zip(folders[:2], (2.0, 4.0), strict=True):
+        path = tmp_path / folder / "eval" / "validation-finetune_pruned.json"
+        path.parent.mkdir()
+        found = {"utilisation": 0.5, "unused": 3, "sparsity": sparsity, "consistency": None}
+        path.write_text(json.dumps({"phase": "finetune_pruned", "interpretability": found}))
+    text = tables.tables([tables.read(f) for f in folders])
+    row = cells(text, "parts", "0.25")
+    assert row[:5] == ["parts", "0.25", "50.00 ± 0.00", "3.00 ± 0.00", "3.00 ± 1.41"]
+    assert row[6] == "–"
