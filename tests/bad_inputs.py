@@ -7,8 +7,10 @@ stderr and nothing half written, or this program fails.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -136,6 +138,12 @@ def run(line: list[str], scratch: pathlib.Path, prefix: list[str] = ()) -> tuple
     return result.returncode, result.stderr
 
 
+def side_by_side(work: Callable, cases: dict) -> dict:
+    """`work` of each case, as many at a time as there are cores: most of each is importing JAX."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(cases, pool.map(work, cases.values()), strict=True))
+
+
 def data_case(name: str, scratch: pathlib.Path) -> tuple[int, str, list[str]]:
     """(exit code, stderr, what lies in the run's folder) of a case of `DATA` or `SECTIONS`."""
     spoil, arguments, _ = {**DATA, **SECTIONS}[name]
@@ -143,7 +151,8 @@ def data_case(name: str, scratch: pathlib.Path) -> tuple[int, str, list[str]]:
     if name in SECTIONS:
         sections.make_stacks(scratch / "data")
         line = [x for x in line if not x.startswith("--config") or "data." in x]
-        line.append(f"--config={ROOT / 'configs' / 'isbi_em.py'}:cpu")
+        # Python, train.py, and the config ahead of its settings
+        line.insert(2, f"--config={ROOT / 'configs' / 'isbi_em.py'}:cpu")
     else:
         make_data(scratch / "data")
     spoil(scratch / "data")
@@ -154,6 +163,18 @@ def data_case(name: str, scratch: pathlib.Path) -> tuple[int, str, list[str]]:
         sorted(p.name for p in (scratch / "work").iterdir()) if (scratch / "work").exists() else []
     )
     return code, errors, left
+
+
+def data_cases(scratch: pathlib.Path) -> dict[str, tuple[int, str, list[str]]]:
+    """`data_case` of all of them, each in a folder of its own."""
+    names = {name: name for name in (*DATA, *SECTIONS)}
+
+    def case(name: str) -> tuple[int, str, list[str]]:
+        own = scratch / "".join(ch if ch.isalnum() else "_" for ch in name)
+        own.mkdir()
+        return data_case(name, own)
+
+    return side_by_side(case, names)
 
 
 @contextlib.contextmanager
@@ -215,10 +236,12 @@ def explain_cases(scratch: pathlib.Path) -> dict[str, tuple[int, str, str]]:
         ),
         "a folder that is no run": ([f"--workdir={scratch / 'data'}"], "holds no run"),
     }
-    found = {}
-    for name, (arguments, words) in cases.items():
-        line = [sys.executable, str(ROOT / "explain.py"), f"--workdir={work}", *arguments]
-        found[f"explain.py: {name}"] = (*run(line, scratch), words)
+
+    def explain(case: tuple[list[str], str]) -> tuple[int, str, str]:
+        line = [sys.executable, str(ROOT / "explain.py"), f"--workdir={work}", *case[0]]
+        return (*run(line, scratch), case[1])
+
+    found = {f"explain.py: {name}": x for name, x in side_by_side(explain, cases).items()}
     left = [p for p in (new, work / "explain", work / "figures") if p.exists()]
     if left:
         raise RuntimeError(f"left behind: {left}")
@@ -283,10 +306,9 @@ def main() -> None:
         rows.append(f"| {name} | `{text.removeprefix('error: ')}` |")
         print(rows[-1], file=sys.stderr, flush=True)
 
-    for name, (*_, words) in {**DATA, **SECTIONS}.items():
-        with tempfile.TemporaryDirectory() as folder:
-            code, errors, _ = data_case(name, pathlib.Path(folder))
-            add(name, code, errors, words, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (code, errors, _) in data_cases(pathlib.Path(folder)).items():
+            add(name, code, errors, {**DATA, **SECTIONS}[name][2], folder)
     with tempfile.TemporaryDirectory() as folder:
         for name, (code, errors, words) in run_cases(pathlib.Path(folder)).items():
             add(name, code, errors, words, folder)

@@ -6,9 +6,14 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return bad_inputs.data_cases(tmp_path_factory.mktemp("bad"))
+
+
 @pytest.mark.parametrize("name", [*bad_inputs.DATA, *bad_inputs.SECTIONS])
-def test_bad_data_or_settings(name, tmp_path):
-    code, errors, left = bad_inputs.data_case(name, tmp_path)
+def test_bad_data_or_settings(name, found):
+    code, errors, left = found[name]
     assert bad_inputs.verdict(code, errors, {**bad_inputs.DATA, **bad_inputs.SECTIONS}[name][2]), (
         errors
     )
