@@ -82,7 +82,8 @@ def _cpu(c: ConfigDict) -> None:
     for group in ("backbone", "decoder", "prototypes"):
         c.phases.joint.learning_rates[group] = 1e-3
     c.phases.joint.steps = 600
-    for name in ("finetune", "finetune_pruned"):
+    # w_h has more to mend after pruning.
+    for name, rate in (("finetune", 1e-4), ("finetune_pruned", 1e-3)):
         c.phases[name].steps = 50
-        c.phases[name].learning_rates.head = 1e-4
+        c.phases[name].learning_rates.head = rate
     c.eval_every = 0
