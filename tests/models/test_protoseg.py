@@ -53,6 +53,7 @@ def test_output_stride_4_keeps_twice_the_resolution():
     assert output.features.shape == (1, 81, 81, 64)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
     images = jax.random.normal(jax.random.key(1), (1, 33, 40, 3))
     found = []
