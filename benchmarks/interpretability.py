@@ -70,7 +70,9 @@ def main() -> None:
             measured(folder.strip(), arguments.split) for folder in folders.split(",")
         ]
         phases |= {result["phase"] for result in groups[name.strip()]}
-    names = [f"{name} ({len(results)} runs)" for name, results in groups.items()]
+    names = [
+        f"{name}, {len(results)} run{'s'[: len(results) > 1]}" for name, results in groups.items()
+    ]
     lines = [
         f"# {arguments.title}",
         "",
