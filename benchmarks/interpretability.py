@@ -19,6 +19,7 @@ import machine  # noqa: E402
 
 from protoseg_jax import devices  # noqa: E402
 from protoseg_jax.training import scoring  # noqa: E402
+from protoseg_jax.workdir import Workdir  # noqa: E402
 
 # (key, name, factor, digits); the first ones are scores
 ROWS = (
@@ -36,10 +37,12 @@ ROWS = (
 
 def measured(folder: str, split: str) -> dict:
     """A run's scores and measures on a split in its last phase."""
-    stored = sorted((pathlib.Path(folder) / "eval").glob(f"{split}-*.json"))
-    for path in stored:
-        result = json.loads(path.read_text())
-        if "interpretability" in result and not result["flips"]:
+    summary = Workdir.existing(folder).summary()
+    phase = summary[-1]["phase"] if summary else None
+    stored = pathlib.Path(folder) / "eval" / f"{split}-{phase}.json"
+    if stored.exists():
+        result = json.loads(stored.read_text())
+        if "interpretability" in result:
             return {**result, **result["interpretability"]}
     print(f"measuring {folder}", file=sys.stderr, flush=True)
     result = scoring.score_run(folder, split, None, None, interpretability=True)

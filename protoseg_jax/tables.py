@@ -243,12 +243,18 @@ MEASURES = (
 
 
 def _measures(runs: Sequence[Run]) -> list[str]:
-    """The table of measures after the last phase, a row a data set and λ_J; none without any."""
+    """The table of measures after the last phase; none without any.
+
+    A row is a data set, a class held out if any, and λ_J.
+    """
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         if "finetune_pruned" in run.measures:
-            name = run.config["data"]["name"]
-            key = _SETS.get(name, name), f"{run.config['loss']['diversity']:g}"
+            data = run.config["data"]
+            name = _SETS.get(data["name"], data["name"])
+            if data.get("held_out"):
+                name += f" without {data['held_out']}"
+            key = name, f"{run.config['loss']['diversity']:g}"
             rows.setdefault(key, []).append(run.measures["finetune_pruned"])
     if not rows:
         return []

@@ -115,3 +115,10 @@ def test_measures_of_explanations_have_a_table(tmp_path):
     row = cells(text, "parts", "0.25")
     assert row[:5] == ["parts", "0.25", "50.00 ± 0.00", "3.00 ± 0.00", "3.00 ± 1.41"]
     assert row[6] == "–"
+
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    config["data"]["held_out"] = "car"
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    text = tables.tables([tables.read(f) for f in folders])
+    assert cells(text, "parts |", "0.25")[4] == "2.00"
+    assert cells(text, "parts without car", "0.25")[4] == "4.00"

@@ -201,8 +201,7 @@ def make_step(
     inference: Inference,
     prototype_classes: np.ndarray,
     part_classes: np.ndarray,
-    *,
-    novelty: bool,
+    held_out: int | None,
 ) -> Callable:
     """step(variables, batch) → (psum'd Sums, novelty and labels of the points or None).
 
@@ -210,7 +209,8 @@ def make_step(
       inference: the model.
       prototype_classes: c(j), [M].
       part_classes: the class of each part, [K]; without parts the batch needs no "centroids".
-      novelty: whether novelty and Y_Z of all points are returned too.
+      held_out: a class whose points count for novelty alone, as void does for nothing; with one,
+        novelty and Y_Z of all points are returned too.
     """
     model, num_parts = inference.model, len(part_classes)
     own_parts = jnp.asarray(part_classes)[:, None] == jnp.asarray(prototype_classes)
@@ -224,6 +224,8 @@ def make_step(
         points = shrink_labels(label[None], size[None], map_size)[0]
         points = jnp.where(index >= 0, points, VOID)
         valid = (points != VOID).reshape(-1)
+        if held_out is not None:
+            valid &= (points != held_out).reshape(-1)
 
         # Row by row, so that no second map of M values is kept.
         needed = jax.lax.map(lambda x: prototypes_needed(*x, kernel), (similarities, output.logits))
@@ -272,7 +274,7 @@ def make_step(
             unchanged=jnp.int32(unchanged),
             pairs=jnp.int32(pairs),
         )
-        return sums, (output.distances.min(-1), points) if novelty else None
+        return sums, None if held_out is None else (output.distances.min(-1), points)
 
     def step(variables, batch):
         images = [batch[k] for k in ("image", "label", "size", "index")]
@@ -307,9 +309,7 @@ def measures(
     Returns:
       See `from_sums`; and with a class held out "novelty_auroc", its points against the rest.
     """
-    step = pool.map(
-        make_step(inference, prototype_classes, part_classes, novelty=held_out is not None)
-    )
+    step = pool.map(make_step(inference, prototype_classes, part_classes, held_out))
     variables = pool.replicate(variables)
     total, novelty = None, []
     for batch in pool.prefetch(batches):
@@ -345,15 +345,19 @@ def from_sums(
         if len(own) > 1 and own.sum():
             share = own[own > 0] / own.sum()
             entropies.append(float(-(share * np.log(share)).sum() / np.log(len(own))))
-    curves = [x / sums.samples for x in (sums.survivors, sums.random_survivors)]
+    area = float((sums.random_survivors - sums.survivors).mean())
+    curves = [
+        (x / sums.samples).tolist() if sums.samples else None
+        for x in (sums.survivors, sums.random_survivors)
+    ]
     result = {
         "utilisation": float(np.mean(entropies)) if entropies else None,
         "unused": int((sums.wins == 0).sum()),
         "wins": sums.wins.tolist(),
         "sparsity": float(sums.needed / sums.points) if sums.points else None,
-        "faithfulness": float((curves[1] - curves[0]).mean()),
-        "survival": curves[0].tolist(),
-        "random_survival": curves[1].tolist(),
+        "faithfulness": area / float(sums.samples) if sums.samples else None,
+        "survival": curves[0],
+        "random_survival": curves[1],
         "consistency": None,
         "stability": None,
     }

@@ -150,10 +150,18 @@ class Run:
         return np.array([p["class"] for p in prototypes], np.int64)
 
     def class_weights(self) -> np.ndarray | None:
-        """Weights of the cross-entropy by `loss.class_balance`, or None: all alike (see losses)."""
+        """Weights of the cross-entropy by `loss.class_balance`, or None: all alike (see losses).
+
+        A class held out has no say in the others' weights, and 1 itself.
+        """
         power = self.config.loss.get("class_balance", 0.0)
+        if not power:
+            return None
+        learnt = [c for c in range(self.num_classes) if c != self.held_out]
+        weights = np.ones(self.num_classes, np.float32)
         pixels = self.data.class_pixels(self.config.data.train_split)
-        return losses.class_weights(pixels, power) if power else None
+        weights[learnt] = losses.class_weights(pixels[learnt], power)
+        return weights
 
     @property
     def eval_batch_size(self) -> int:

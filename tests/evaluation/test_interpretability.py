@@ -165,8 +165,11 @@ def split(count=5, size=(24, 28), seed=0):
     return source, batches
 
 
-def measured(devices, **changes):
+def measured(devices, void=VOID, **changes):
+    """All measures of the split, the labels of a class made void."""
     source, batches = split()
+    for batch in batches:
+        batch["label"][batch["label"] == void] = VOID
     inference = Inference(Model(), preprocessing.from_config(imagenet()), (24, 28))
     kernel = example(0)[2]
     part_classes = measures.part_classes(source, K, C)
@@ -199,7 +202,7 @@ def test_a_whole_split_against_a_literal_pass():
         labels = item["label"][2::4, 2::4]
         counts += slow_wins(output.similarities, labels)
         here = np.asarray(measures.prototypes_needed(output.similarities, output.logits, kernel))
-        needed += here[labels != VOID].tolist()
+        needed += here[(labels != VOID) & (labels != 3)].tolist()  # 3 is held out
         centroids = measures.centroids_of(item["parts"], (6, 7))
         hits += slow_hits(output.similarities, labels, centroids)
         visible[list({part for part, _, _ in centroids})] += 1
@@ -256,6 +259,21 @@ def test_utilisation_is_1_when_shared_alike_and_0_when_one_wins_all():
     assert result["consistency"] is None and result["stability"] is None
     names = [name for name, _ in measures.table(result)]
     assert "consistency" not in names and "utilisation" in names
+
+
+def test_nothing_is_measured_where_no_point_has_a_class():
+    zero, curve, wins = np.zeros((), int), np.zeros(M + 1, int), np.zeros(M, int)
+    sums = measures.Sums(wins, zero, zero, curve, curve, *[zero] * 5)
+    result = measures.from_sums(sums, CLASSES, np.zeros(0, int))
+    assert result.pop("wins") == [0] * M and result.pop("unused") == M
+    assert set(result.values()) == {None}
+
+
+def test_a_held_out_class_counts_for_novelty_alone():
+    """As if its points were void: the sums are those of labels without it."""
+    with_it = measured(1, held_out=3)
+    with_it.pop("novelty_auroc")
+    assert with_it == measured(1, void=3)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))

@@ -555,6 +555,16 @@ def test_a_class_held_out_is_never_seen(finished, tmp_path):
     assert 0 <= result["interpretability"]["novelty_auroc"] <= 1
 
 
+def test_a_held_out_class_has_no_say_in_the_others_weights(finished, tmp_path):
+    config = finished.config.copy_and_resolve_references()
+    config.data.held_out, config.loss.class_balance = "disc", 1.0
+    run = Run(config, Workdir(tmp_path / "work"), one_device())
+    pixels = run.data.class_pixels("train").astype(float)
+    weights, pixels = run.class_weights(), pixels[[0, 2]]
+    assert weights[1] == 1.0
+    np.testing.assert_allclose(weights[[0, 2]], pixels.mean() / pixels, rtol=1e-6)
+
+
 def test_a_held_out_class_must_exist(finished, tmp_path):
     config = finished.config.copy_and_resolve_references()
     config.data.held_out = "cube"
