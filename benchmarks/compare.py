@@ -23,6 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import machine  # noqa: E402
 
+from protoseg_jax.tables import mean_deviation  # noqa: E402
+
 COLUMNS = (
     ("miou", "mIoU %"),
     ("pixel_error", "error %"),
@@ -41,16 +43,6 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
 def folder(runs: pathlib.Path, name: str, seed: int) -> pathlib.Path:
     """The run's folder of a variant and seed."""
     return runs / f"{re.sub(r'[^0-9A-Za-z.=_-]+', '_', name)}-seed{seed}"
-
-
-def mean_deviation(values: list[float]) -> str:
-    """`mean ± sample deviation` in per cent; the value itself if there is but one."""
-    values = [100 * v for v in values]
-    if not values:
-        return "–"
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def table(variants: dict[str, list[list[dict]]]) -> list[str]:
@@ -72,10 +64,7 @@ def table(variants: dict[str, list[list[dict]]]) -> list[str]:
         for phase in dict.fromkeys(e["phase"] for s in summaries for e in s):
             entries = [e for s in summaries for e in s if e["phase"] == phase]
             counts = [e["num_prototypes"] for e in entries if e["num_prototypes"] is not None]
-            scores = [
-                mean_deviation([e[key] for e in entries if e.get(key) is not None])
-                for key, _ in columns
-            ]
+            scores = [mean_deviation((e.get(key) for e in entries), none="–") for key, _ in columns]
             prototypes = f"{statistics.mean(counts):.1f}" if counts else "–"
             took = statistics.mean(e["seconds"] for e in entries)
             rows.append(

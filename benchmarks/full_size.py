@@ -208,9 +208,9 @@ def page(name: str, dtype: str, batch_size: int, repeats: int) -> list[str]:
         if not changed:
             number = case.config.phases[phase].steps * (2 if phase == "finetune" else 1)
             hours += number * seconds * case.config.batch_size / batch_size / 3600
-        rest = ", λ_J = 0" if changed else ""
+        without = ", λ_J = 0" if changed else ""
         lines.append(
-            f"| {phase}{rest} | {batch_size} | {seconds:.3f} | {batch_size / seconds:.2f} | "
+            f"| {phase}{without} | {batch_size} | {seconds:.3f} | {batch_size / seconds:.2f} | "
             f"{memory / 1e9:.2f} | {count / 1e12:.2f} | {count / seconds / rate:.0%} |"
         )
         print(lines[-1], file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ Each run is measured as `eval.py --interpretability` does, unless DIR/eval holds
 import argparse
 import json
 import pathlib
-import statistics
+import shlex
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -18,21 +18,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import machine  # noqa: E402
 
 from protoseg_jax import devices  # noqa: E402
+from protoseg_jax.evaluation.interpretability import MEASURES  # noqa: E402
+from protoseg_jax.tables import mean_deviation  # noqa: E402
 from protoseg_jax.training import scoring  # noqa: E402
 from protoseg_jax.workdir import Workdir  # noqa: E402
 
-# (key, name, factor, digits); the first ones are scores
-ROWS = (
-    ("miou", "mIoU %", 100, 2),
-    ("overlap", "overlap %", 100, 2),
-    ("utilisation", "utilisation %", 100, 2),
-    ("unused", "prototypes that win no point", 1, 1),
-    ("sparsity", "sparsity: prototypes a decision", 1, 2),
-    ("faithfulness", "faithfulness: area between the curves, %", 100, 2),
-    ("consistency", "consistency %", 100, 2),
-    ("stability", "stability %", 100, 2),
-    ("novelty_auroc", "novelty AUROC of the held-out class, %", 100, 2),
-)
+ROWS = (("miou", "mIoU", 100), ("overlap", "overlap", 100), *MEASURES)
 
 
 def measured(folder: str, split: str) -> dict:
@@ -47,15 +38,6 @@ def measured(folder: str, split: str) -> dict:
     print(f"measuring {folder}", file=sys.stderr, flush=True)
     result = scoring.score_run(folder, split, None, None, interpretability=True)
     return {**result, **result["interpretability"]}
-
-
-def cell(values: list[float | None], factor: float, digits: int) -> str:
-    """Mean ± sample deviation."""
-    values = [factor * v for v in values if v is not None]
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def main() -> None:
@@ -76,18 +58,23 @@ def main() -> None:
     names = [
         f"{name}, {len(results)} run{'s'[: len(results) > 1]}" for name, results in groups.items()
     ]
+    told = [f"--runs={text}" for text in arguments.runs] + [f"--split={arguments.split}"]
+    command = shlex.join(["python", "benchmarks/interpretability.py", *told])
     lines = [
         f"# {arguments.title}",
         "",
-        f'`python benchmarks/interpretability.py --runs "NAME: DIR,…" …`, {machine.describe()}',
+        f"`{command}`, {machine.describe()}",
         "",
         f"| {arguments.split}, {', '.join(sorted(phases))} | {' | '.join(names)} |",
         "| --- " * (1 + len(groups)) + "|",
     ]
-    for key, label, factor, digits in ROWS:
-        cells = [cell([r.get(key) for r in rs], factor, digits) for rs in groups.values()]
+    for key, name, factor in ROWS:
+        cells = [
+            mean_deviation((r.get(key) for r in results), factor, none="–")
+            for results in groups.values()
+        ]
         if any(c != "–" for c in cells):
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+            lines.append(f"| {name}{', %' if factor == 100 else ''} | {' | '.join(cells)} |")
     machine.report(lines, arguments.out)
 
 

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.compute_dtype = "float32"
     c.crop_size = (193, 193)
     c.eval_size = (257, 257)
+    c.eval_overlap = config_dict.placeholder(int)  # larger images: tiles that overlap so much
     c.eval_batch_size = 8
 
     c.data = ConfigDict()

@@ -11,8 +11,10 @@ Needs the run's folder alone, not its data set.
 """
 
 import dataclasses
+import functools
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,12 @@ class Explanation:
         part = next(p for p in self.parts if _inside(p.own, rows[0], cols[0]))
         return explain_pixels_of(part, self.kernel, rows - part.corner[0], cols - part.corner[1])
 
+    @functools.cached_property
+    def segmentation(self) -> Segmentation:
+        """What `Model.segment` says of the image, without running the network again."""
+        parts = ((p.corner, p.own, p.size, p.points.logits[None]) for p in self.parts)
+        return _assemble(self.image.shape[:2], self.kernel.shape[1], parts)
+
     @property
     def winning_prototype(self) -> Int[np.ndarray, "H W"]:
         """Position of the prototype that wins the point in whose cell each pixel lies."""
@@ -222,17 +230,12 @@ class Model:
           UserError: the image does not decode or is neither RGB nor grey.
         """
         image = read(image)
-        labels = np.zeros(image.shape[:2], np.uint8)
-        probabilities = np.zeros((*image.shape[:2], len(self.classes)), np.float32)
-        for corner, own, cut in self.cuts(image):
-            logits = self._infer(self._variables, self.inference.prepare(cut)).logits
-            canvas = tuple(-(-n // _CANVAS_STEP) * _CANVAS_STEP for n in cut.shape[:2])
-            found = _segment(logits, np.array(cut.shape[:2]), canvas)
-            (top, left, bottom, right), (y, x) = own, corner
-            inner = slice(top - y, bottom - y), slice(left - x, right - x)
-            labels[top:bottom, left:right] = np.asarray(found[0])[inner]
-            probabilities[top:bottom, left:right] = np.asarray(found[1])[inner]
-        return Segmentation(labels, probabilities)
+        parts = (
+            (corner, own, cut.shape[:2], self._infer(self._variables, self.inference.prepare(cut)))
+            for corner, own, cut in self.cuts(image)
+        )
+        logits = ((corner, own, size, output.logits) for corner, own, size, output in parts)
+        return _assemble(image.shape[:2], len(self.classes), logits)
 
     def explain(self, image: ImageLike) -> Explanation:
         """Why each pixel of an image of any size gets its label.
@@ -335,6 +338,21 @@ def _segment_canvas(logits, size, canvas):
 
 
 _segment = jax.jit(_segment_canvas, static_argnums=2)
+
+
+def _assemble(
+    shape: tuple[int, int], num_classes: int, parts: Iterable[tuple[Any, Any, Any, Any]]
+) -> Segmentation:
+    """Parts' (corner, own part, size, logits [1 h w c]) → the whole image's segmentation."""
+    labels = np.zeros(shape, np.uint8)
+    probabilities = np.zeros((*shape, num_classes), np.float32)
+    for (y, x), (top, left, bottom, right), size, logits in parts:
+        canvas = tuple(-(-n // _CANVAS_STEP) * _CANVAS_STEP for n in size)
+        found = _segment(logits, np.array(size), canvas)
+        inner = slice(top - y, bottom - y), slice(left - x, right - x)
+        labels[top:bottom, left:right] = np.asarray(found[0])[inner]
+        probabilities[top:bottom, left:right] = np.asarray(found[1])[inner]
+    return Segmentation(labels, probabilities)
 
 
 def _classes(workdir: Workdir) -> LabelSet:

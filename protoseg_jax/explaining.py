@@ -125,7 +125,8 @@ def _facts(model: api.Model, split: str, images: Sequence[str]) -> list[str]:
 
 def _shown(model, name, image, truth) -> list[explorer.Shown]:
     """An image, or each of its tiles, as the page wants it."""
-    why, labels = model.explain(image), model.segment(image).labels
+    why = model.explain(image)
+    labels = why.segmentation.labels
     found = []
     for part, (corner, _, cut) in zip(why.parts, model.cuts(image), strict=True):
         window = tuple(slice(c, c + n) for c, n in zip(corner, part.size, strict=True))
@@ -303,7 +304,7 @@ def _side(model: api.Model, pictures: Sequence[paper.Picture], split: str) -> pa
     seen = []
     for picture in pictures:
         why = model.explain(picture.image)
-        labels = model.segment(picture.image).labels
+        labels = why.segmentation.labels
         seen.append(paper.Seen(labels, why.similarities, why.winning_prototype))
     return paper.Side(
         name=model.workdir.path.name,

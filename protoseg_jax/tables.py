@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation.interpretability import MEASURES
 from protoseg_jax.workdir import Workdir
 
 NOT_RUN = "not run"
@@ -113,10 +114,13 @@ def read(folder: str) -> Run:
     return Run(workdir.config_json(), phases, measures)
 
 
-def _ours(values: Iterable[float | None], scale: float = 100.0, digits: int = 2) -> str:
+def mean_deviation(
+    values: Iterable[float | None], scale: float = 100.0, digits: int = 2, none: str = NOT_RUN
+) -> str:
+    """Mean ± sample deviation of the values that there are, times a factor; or `none`."""
     values = [scale * v for v in values if v is not None]
     if not values:
-        return NOT_RUN
+        return none
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
@@ -163,11 +167,11 @@ def tables(runs: Sequence[Run]) -> str:
         return [run for run in runs if run.row == (name, kind)]
 
     def last(name: str, kind: str, key: str) -> str:
-        return _ours(run.last.get(key) for run in of(name, kind))
+        return mean_deviation(run.last.get(key) for run in of(name, kind))
 
     def stage(name: str, phase: str, key: str, scale: float, digits: int) -> str:
         found = (run.phases.get(phase, {}).get(key) for run in of(name, "imagenet"))
-        return _ours(found, scale, digits)
+        return mean_deviation(found, scale, digits)
 
     first = _markdown(
         "Table 1: mIoU",
@@ -230,18 +234,6 @@ def tables(runs: Sequence[Run]) -> str:
     return "\n\n".join([first, second, third, fourth, note, *measured])
 
 
-# (key, title, factor) of the measures of explanations
-MEASURES = (
-    ("utilisation", "utilisation %", 100),
-    ("unused", "win no point", 1),
-    ("sparsity", "sparsity", 1),
-    ("faithfulness", "faithfulness %", 100),
-    ("consistency", "consistency %", 100),
-    ("stability", "stability %", 100),
-    ("novelty_auroc", "novelty AUROC %", 100),
-)
-
-
 def _measures(runs: Sequence[Run]) -> list[str]:
     """The table of measures after the last phase; none without any.
 
@@ -259,12 +251,11 @@ def _measures(runs: Sequence[Run]) -> list[str]:
     if not rows:
         return []
     cells = [
-        (*key, *(_ours((m.get(k) for m in found), scale) for k, _, scale in MEASURES))
+        (*key, *(mean_deviation((m.get(k) for m in found), f, none="–") for k, _, f in MEASURES))
         for key, found in rows.items()
     ]
-    head = ("data", "λ_J", *(title for _, title, _ in MEASURES))
-    shown = [[c.replace(NOT_RUN, "–") for c in row] for row in cells]
-    return [_markdown("Measures of explanations, validation", head, shown)]
+    titles = (f"{name}, %" if factor == 100 else name for _, name, factor in MEASURES)
+    return [_markdown("Measures of explanations, validation", ("data", "λ_J", *titles), cells)]
 
 
 def _main(*folders: str) -> None:

@@ -31,6 +31,18 @@ CONSISTENT = 0.8  # of the images a part is visible in
 NOISE = 0.2  # σ on the normalised image (stability)
 SAMPLES = 64  # points an image (faithfulness)
 _SEED = 0
+
+# Key, name and factor (100: shown in per cent) of the measures that tables show.
+MEASURES = (
+    ("utilisation", "utilisation", 100),
+    ("unused", "prototypes that win no point", 1),
+    ("sparsity", "sparsity: prototypes a decision", 1),
+    ("faithfulness", "faithfulness: area between the curves", 100),
+    ("consistency", "consistency", 100),
+    ("stability", "stability", 100),
+    ("novelty_auroc", "novelty AUROC of the held-out class", 100),
+)
+
 _CENTROIDS_STEP = 32  # numbers of centroids are padded to multiples of this: few are compiled
 
 
@@ -170,11 +182,12 @@ def part_classes(source: Any, num_parts: int, num_classes: int) -> Int[np.ndarra
       num_parts: K.
       num_classes: C.
     """
-    counts = np.zeros((256, 256), np.int64)
+    counts = np.zeros(256 * 256, np.int64)
     for number in range(len(source)):
         example = source[number]
-        np.add.at(counts, (example["parts"], example["label"]), 1)
-    counts = counts[1 : num_parts + 1, :num_classes]
+        cells = 256 * example["parts"].astype(np.int64) + example["label"]
+        counts += np.bincount(cells.ravel(), minlength=len(counts))
+    counts = counts.reshape(256, 256)[1 : num_parts + 1, :num_classes]
     return np.where(counts.any(1), counts.argmax(1), -1)
 
 
@@ -381,18 +394,9 @@ def auroc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> 
 
 
 def table(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The measures as (name, value) for people; fractions in per cent."""
-    rows = [
-        ("utilisation", "utilisation", 100, "{:.2f} %"),
-        ("prototypes that win no point", "unused", 1, "{}"),
-        ("sparsity, prototypes a decision", "sparsity", 1, "{:.2f}"),
-        ("faithfulness, area between curves", "faithfulness", 100, "{:.2f} %"),
-        ("consistency", "consistency", 100, "{:.2f} %"),
-        ("stability", "stability", 100, "{:.2f} %"),
-        ("novelty AUROC of the held-out class", "novelty_auroc", 100, "{:.2f} %"),
-    ]
+    """The measures that there are as (name, value) for people."""
     return [
-        (name, form.format(found[key] * scale))
-        for name, key, scale, form in rows
+        (name, f"{scale * found[key]:.2f} %" if scale == 100 else f"{found[key]:.4g}")
+        for key, name, scale in MEASURES
         if found.get(key) is not None
     ]

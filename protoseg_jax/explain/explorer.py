@@ -25,6 +25,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from protoseg_jax.data.builders.base import encode_png
 from protoseg_jax.data.label_sets import VOID, LabelSet
 from protoseg_jax.explain import figures
 from protoseg_jax.models.prototypes import EPSILON
@@ -257,7 +258,7 @@ def _cards(folder: Path, cards: Sequence[PrototypeCard]) -> list[dict[str, Any]]
             "share": card.share,
         }
         if card.patch is not None:
-            _png(folder / "prototypes" / f"{card.index:03d}.png", card.patch)
+            _write(folder / "prototypes" / f"{card.index:03d}.png", encode_png(card.patch))
             record["patch"] = f"prototypes/{card.index:03d}.png"
             record["patchBox"] = _shares(card.patch_box, card.patch.shape[:2])
             record["patchSize"] = list(card.patch.shape[:2])
@@ -344,8 +345,3 @@ def _write(path: Path, content: str | bytes) -> None:
 
 def _jpeg(path: Path, image: UInt8[np.ndarray, "h w 3"], quality: int) -> None:
     _write(path, figures.encode_jpeg(image, quality))
-
-
-def _png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    _, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    _write(path, data.tobytes())

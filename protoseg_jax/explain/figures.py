@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.patches import Rectangle
 
+from protoseg_jax.data.builders.base import encode_png
 from protoseg_jax.data.label_sets import LabelSet
 from protoseg_jax.workdir import write_atomically
 
@@ -48,16 +49,18 @@ def _context(box: list[int], size: tuple[int, int]) -> tuple[int, int]:
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Write an RGB image as PNG, under a temporary name first."""
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    cv2.imwrite(str(temporary), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    temporary.replace(path)
+    """Write an RGB image as PNG."""
+    write_atomically(path, encode_png(image))
+
+
+def file_name(text: str) -> str:
+    """Text with all but letters and digits replaced, for a file's name."""
+    return "".join(ch if ch.isalnum() else "_" for ch in text)
 
 
 def source_name(number: int, image_id: str) -> str:
     """File of a prototype's source image, from its number in the split and its id."""
-    safe = "".join(ch if ch.isalnum() or ch in "-_" else "_" for ch in image_id)
-    return f"{number:06d}_{safe}.jpg"
+    return f"{number:06d}_{file_name(image_id)}.jpg"
 
 
 def save_source(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:

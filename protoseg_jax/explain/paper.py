@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from protoseg_jax.data.label_sets import VOID, LabelSet, palette
-from protoseg_jax.explain.figures import outline, shrink
+from protoseg_jax.explain.figures import file_name, outline, shrink
 from protoseg_jax.workdir import write_atomically
 
 _PROTOTYPES = 4  # of a class, in figures 2, 6 and 8
@@ -97,7 +97,7 @@ def fig2(out: Path, pictures: Sequence[Picture], sides: Sequence[Side], classes:
                     axes[y, x], pictures[n].image, side, n, j, "" if y else _label(side, j, sides)
                 )
         yield _save(
-            figure, out / f"fig2_{_safe(name)}.svg", f"{name}: activation of its prototypes"
+            figure, out / f"fig2_{file_name(name)}.svg", f"{name}: activation of its prototypes"
         )
 
 
@@ -144,7 +144,7 @@ def fig6(out: Path, pictures: Sequence[Picture], sides: Sequence[Side], classes:
         for x, side in enumerate(sides):
             for y, j in enumerate(side.strongest(c)):
                 _heat(axes[y, x], pictures[n].image, side, n, j, _label(side, j, sides))
-        yield _save(figure, out / f"fig6_{_safe(name)}.svg", f"{name}, {pictures[n].name}")
+        yield _save(figure, out / f"fig6_{file_name(name)}.svg", f"{name}, {pictures[n].name}")
 
 
 def fig7(out: Path, pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet):
@@ -187,8 +187,8 @@ def fig8(out: Path, pictures: Sequence[Picture], sides: Sequence[Side], classes:
             _show(axes[0, 2], coloured.astype(np.uint8), title, labels=True)
             for axis, j, colour in zip(axes[0, 3:], best, _COLOURS, strict=False):
                 _patch(axis, side, j, colour)
-            suffix = f"_{_safe(side.name)}" if len(sides) > 1 else ""
-            yield _save(figure, out / f"fig8_{_safe(picture.name)}{suffix}.svg", None)
+            suffix = f"_{file_name(side.name)}" if len(sides) > 1 else ""
+            yield _save(figure, out / f"fig8_{file_name(picture.name)}{suffix}.svg", None)
 
 
 FIGURES = {"fig2": fig2, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8}
@@ -268,10 +268,6 @@ def _coloured(labels: UInt8[np.ndarray, "H W"], classes: LabelSet) -> UInt8[np.n
 
 def _unit(colour: Sequence[int]) -> tuple[float, ...]:
     return tuple(x / 255 for x in colour)
-
-
-def _safe(name: str) -> str:
-    return "".join(ch if ch.isalnum() else "_" for ch in name)
 
 
 def _save(figure, path: Path, title: str | None) -> Path:

@@ -82,6 +82,7 @@ class Run:
         self.num_classes = len(self.data.label_set)
         self.black_box = config.model.head == "linear"
         self.held_out = self._held_out()
+        self._tiled: dict[tuple[str, bool], tiles.Tiled] = {}
 
     # -- models and data -----------------------------------------------------------------------
 
@@ -175,7 +176,10 @@ class Run:
         overlap = self.config.get("eval_overlap")
         if overlap is None:
             return source
-        return tiles.Tiled(source, tuple(self.config.eval_size), overlap)
+        if (split, held_out) not in self._tiled:  # it looks at every image's size
+            tiled = tiles.Tiled(source, tuple(self.config.eval_size), overlap)
+            self._tiled[split, held_out] = tiled
+        return self._tiled[split, held_out]
 
     def eval_batches(self, split: str, start: int = 0, *, held_out: bool = False):
         """This process's part of `examples`, from one on, at evaluation preprocessing."""
@@ -229,7 +233,7 @@ class Run:
             "params": jax.device_get(variables["params"]),
             "frozen": jax.device_get(dict(variables).get("frozen", {})),
         }
-        if prototypes:
+        if prototypes:  # the model itself only knows equally many a class
             kernel = class_connections(prototype_classes, self.num_classes)
             arrays["params"]["head"] = {"kernel": np.asarray(kernel)}
         return Checkpoint("", 0, True, arrays, prototypes)
@@ -556,7 +560,7 @@ class Run:
             for image, (_, entry) in zip(images, own, strict=True):
                 crop, _ = figures.crop_with_context(image, entry["box"])
                 figures.save_png(folder / f"{entry['index']:03d}.png", crop)
-            safe = "".join(ch if ch.isalnum() else "_" for ch in name)
+            safe = figures.file_name(name)
             figures.class_picture(
                 folder / f"class_{c:02d}_{safe}.png", name, [e for _, e in own], images, activations
             )

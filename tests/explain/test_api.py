@@ -65,6 +65,13 @@ def test_segments_as_evaluation_does(small_run, model, image):
         )
 
 
+def test_an_explanation_holds_the_segmentation(model, image):
+    """The same labels and probabilities, of one pass through the network."""
+    found, why = model.segment(image), model.explain(image).segmentation
+    np.testing.assert_array_equal(why.labels, found.labels)
+    np.testing.assert_allclose(why.probabilities, found.probabilities, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [(40, 56), (97, 33), (200, 131)])
 def test_contributions_add_up_to_the_logits_of_the_segmentation(model, image, size):
     image = np.array(Image.fromarray(image).resize(size[::-1]))

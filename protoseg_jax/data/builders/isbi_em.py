@@ -18,14 +18,13 @@ its test sections, so a seeded third of the labelled ones is held out for valida
 10, as in section 5); which, is written into a run's folder.
 """
 
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from protoseg_jax.data.builders import files
 from protoseg_jax.data.builders.base import Example, SegmentationBuilder, encode_png, file_stamp
@@ -147,12 +146,11 @@ def _count(path: Path) -> int:
 def _page(path: Path, page: int) -> tuple[str, np.ndarray]:
     """(Pillow's mode, values) of a page."""
     try:
-        with Image.open(io.BytesIO(path.read_bytes())) as stack:
-            frame = next(f for n, f in enumerate(ImageSequence.Iterator(stack)) if n == page)
-            if frame.mode == "P":
-                frame = frame.convert("RGB")
+        with Image.open(path) as stack:
+            stack.seek(page)
+            frame = stack.convert("RGB") if stack.mode == "P" else stack
             return frame.mode, np.array(frame)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, StopIteration) as error:
+    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError) as error:
         raise UserError(f"{_where(path, page)} does not decode; replace the file") from error
 
 
