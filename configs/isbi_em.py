@@ -4,8 +4,8 @@ python train.py --config=configs/isbi_em.py --config.data.dir=DIR
 
 The paper's details are in a supplement that we do not have; this starts from a follow-up's recipe:
 no warm-up, Adam at 1e-4 with polynomial decay, weight decay 5e-4, batch 2 of whole sections, 10⁴
-joint and 10⁴ fine-tuning steps, 64 features, 20 prototypes. `:cpu` is a narrower net on half-size
-crops, for two CPU cores.
+joint and 10⁴ fine-tuning steps, 64 features, 20 prototypes. `:cpu` is a narrower net on sections at
+half their size, for two CPU cores; its prototypes start on training patches (see README).
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -45,6 +45,7 @@ def get_config(row: str = "paper") -> ConfigDict:
     c.model.similarity = "log"
     c.model.features = 64
     c.model.prototypes_per_class = 10
+    c.model.prototype_init = "uniform"
     c.model.preprocessing = "data"
     c.model.mean = ()  # of the training sections, measured when a run starts
     c.model.std = ()
@@ -76,14 +77,15 @@ def get_config(row: str = "paper") -> ConfigDict:
 
 def _cpu(c: ConfigDict) -> None:
     c.batch_size = 4
-    c.crop_size = (192, 192)
-    c.augment.elastic = 4.0
+    c.crop_size = (128, 128)
+    c.eval_size = (256, 256)  # half of 512 × 512; scores are at the labels' own size
+    c.augment.scale = (0.4, 0.6)
+    c.augment.elastic = 2.7
     c.model.width = 16
-    for group in ("backbone", "decoder", "prototypes"):
-        c.phases.joint.learning_rates[group] = 1e-3
-    c.phases.joint.steps = 600
-    # w_h has more to mend after pruning.
-    for name, rate in (("finetune", 1e-4), ("finetune_pruned", 1e-3)):
+    c.model.prototype_init = "patches"
+    c.phases.joint.steps = 300
+    c.phases.joint.learning_rates.update({"backbone": 2e-3, "decoder": 2e-3, "prototypes": 1e-2})
+    for name in ("finetune", "finetune_pruned"):
         c.phases[name].steps = 50
-        c.phases[name].learning_rates.head = rate
+        c.phases[name].learning_rates.head = 1e-3
     c.eval_every = 0

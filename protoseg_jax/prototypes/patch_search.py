@@ -139,6 +139,32 @@ def make_search_step(
     return step
 
 
+def make_sample_step(inference: Inference, num_classes: int, *, k: int, seed: int) -> Callable:
+    """As `make_search_step`, for k random points of each class, no two of one image.
+
+    Every point of an image draws a number in [0, 1), by the seed and the image's own number, and
+    the smallest of each class take the nearest patches' place: row c of the table is class c's.
+    """
+    key = jax.random.key(seed)
+
+    def step(table: Patches, variables, batch) -> Patches:
+        features = inference(variables, batch["image"]).features
+        size = features.shape[1:3]
+        labels = shrink_labels(batch["label"], batch["size"], size)
+        drawn = jax.vmap(lambda n: jax.random.uniform(jax.random.fold_in(key, n), size))
+        candidates = labels[..., None] == jnp.arange(num_classes)
+        found = nearest_per_image(
+            features,
+            jnp.broadcast_to(drawn(batch["index"])[..., None], candidates.shape),
+            candidates & (batch["index"] >= 0)[:, None, None, None],
+            labels,
+            batch["index"],
+        )
+        return merge(table, found, k)
+
+    return step
+
+
 def make_fallback_step(inference: Inference, c: int) -> Callable:
     """As `make_search_step`, for a class without a point in Y_Z: cells with any pixel of it."""
 

@@ -51,6 +51,8 @@ from protoseg_jax.training import step as steps
 from protoseg_jax.training.phases import Phase
 from protoseg_jax.workdir import Checkpoint, Workdir, write_json
 
+_PROTOTYPE_INITS = ("uniform", "patches")
+
 
 def say(text: str) -> None:
     """A line for the person watching, above any progress bar."""
@@ -82,6 +84,7 @@ class Run:
         self.num_classes = len(self.data.label_set)
         self.black_box = config.model.head == "linear"
         self.held_out = self._held_out()
+        self.prototype_init = config.model.get("prototype_init", "uniform")
         self._tiled: dict[tuple[str, bool], tiles.Tiled] = {}
 
     # -- models and data -----------------------------------------------------------------------
@@ -111,6 +114,11 @@ class Run:
         """
         config = self.config
         self.pool.check_batch(config.batch_size, config.accumulate)
+        if self.prototype_init not in _PROTOTYPE_INITS:
+            raise UserError(
+                f"model.prototype_init={self.prototype_init!r} is unknown; choose one of: "
+                f"{', '.join(_PROTOTYPE_INITS)}"
+            )
         for key in ("eval_batch_size", "log_every"):
             if config[key] < 1:
                 raise UserError(f"{key}={config[key]} must be at least 1; set --config.{key}")
@@ -221,6 +229,37 @@ class Run:
         classes = equal_blocks(count, self.num_classes)
         return classes if self.held_out is None else classes[classes != self.held_out]
 
+    def on_patches(self, start: Checkpoint) -> Checkpoint:
+        """`model.prototype_init = "patches"`: prototypes start on random training points.
+
+        Each takes the features that the network has for one point of its class, no two of a class
+        from one image; those for which there are not enough images keep their random vector. The
+        network is still random then, but uniform vectors are far from all that it says (‖z − p‖² is
+        about 8 for D = 64), where eq. 1 is nearly flat, and a net trained from scratch takes long
+        to reach them.
+        """
+        classes = self.classes_of(start.prototypes)
+        k, split = int(np.bincount(classes).max()), self.config.data.projection_split
+        table = patch_search.empty(self.num_classes, k, self.config.model.features)
+        total, stride = len(self.examples(split)), self.eval_batch_size * self.pool.processes
+        with Progress("prototypes", total, 0, unit="image") as progress:
+            table = patch_search.search(
+                self.pool,
+                patch_search.make_sample_step(
+                    self.inference(start.prototypes), self.num_classes, k=k, seed=self.config.seed
+                ),
+                variables_of(start.arrays),
+                self.eval_batches(split),
+                table,
+                lambda _: progress.update(min(stride, total - progress.done)),
+            )
+        place = np.array([(classes[:j] == c).sum() for j, c in enumerate(classes)])
+        found = np.isfinite(table.squared_distance[classes, place])[:, None]
+        vectors = start.arrays["params"]["prototypes"]["vectors"]
+        vectors = np.where(found, table.feature[classes, place], vectors)
+        params = {**start.arrays["params"], "prototypes": {"vectors": vectors}}
+        return dataclasses.replace(start, arrays={**start.arrays, "params": params})
+
     def random(self, prototype_classes: np.ndarray) -> Checkpoint:
         """Random weights for prototypes of these classes [M]."""
         prototypes = [{"index": j, "class": int(c)} for j, c in enumerate(prototype_classes)]
@@ -258,6 +297,11 @@ class Run:
                 )
         if ported.prototype_classes is not None and self.black_box:
             raise UserError(f"weights {path} are a ProtoSeg; model.head='linear' has no prototypes")
+        if ported.prototype_classes is not None and self.prototype_init != "uniform":
+            raise UserError(
+                f"weights {path} are a ProtoSeg, whose prototypes would be lost; set "
+                "--config.model.prototype_init=uniform"
+            )
         classes = ported.prototype_classes
         start = self.random(self.classes_at_start() if classes is None else classes)
         for collection in ("params", "frozen"):
@@ -601,7 +645,10 @@ class Run:
             say(f"this run is finished ({self.workdir.path}); name another --workdir for a new one")
         elif state:
             say(f"going on in phase {state.phase} after step {state.step}")
-        state = state or self.initial()
+        if state is None:
+            state = self.initial()
+            if self.prototype_init == "patches" and not self.black_box:
+                state = self.on_patches(state)
         for phase in self.phases[at:]:
             if phase.name in scored:
                 continue

@@ -1,6 +1,7 @@
 """Search, projection and pruning against a naive NumPy search on the same features."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -126,6 +127,58 @@ def test_fewer_images_than_k_leave_empty_slots():
     patches = run(pictures, labels, vectors, classes, 6, False, 1)
     assert np.isinf(patches.squared_distance[:, 2:]).all()
     assert np.isfinite(patches.squared_distance[:, :2]).all()
+
+
+def sample(pictures, labels, k, *, seed=0, devices=1, batch=4):
+    return patch_search.search(
+        DevicePool(jax.local_devices()[:devices]),
+        patch_search.make_sample_step(INFERENCE, 3, k=k, seed=seed),
+        {"params": {"vectors": np.zeros((1, D), np.float32)}},
+        batches(pictures, labels, batch),
+        patch_search.empty(3, k, D),
+    )
+
+
+def test_a_sample_is_points_of_each_class_from_different_images():
+    pictures, labels, _, _ = case(6)
+    got = sample(pictures, labels, 5)
+    assert np.isfinite(got.squared_distance).all()
+    assert len({(*rows,) for rows in got.image.tolist()}) == 3  # classes draw by themselves
+    for c in range(3):
+        assert len(set(got.image[c])) == 5
+        columns = (x[c] for x in (got.image, got.row, got.col, got.feature))
+        for image, row, col, z in zip(*columns, strict=True):
+            assert labels[image, 2 * row + 1, 2 * col + 1] == c
+            np.testing.assert_array_equal(z, pictures[image, 2 * row, 2 * col])
+    other = sample(pictures, labels, 5, seed=1)
+    assert (other.image != got.image).any()
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(4, 4), (1, 1), (2, 8)])
+def test_a_sample_is_the_same_on_any_devices(devices, batch):
+    pictures, labels, _, _ = case(7)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        sample(pictures, labels, 6, devices=devices, batch=batch),
+        sample(pictures, labels, 6),
+    )
+
+
+def test_every_point_is_as_likely_to_be_sampled():
+    """One image of one class: each of its 24 points in some 1/24 of the draws (5 deviations)."""
+    step = patch_search.make_sample_step(INFERENCE, 1, k=1, seed=0)
+    batch = {
+        "image": jnp.zeros((1, 8, 12, 3), jnp.uint8),
+        "label": jnp.zeros((1, 8, 12), jnp.uint8),
+        "size": jnp.array([[8, 12]]),
+    }
+    variables = {"params": {"vectors": jnp.zeros((1, D))}}
+    table = jax.tree.map(jnp.asarray, patch_search.empty(1, 1, D))
+    draws = jax.vmap(lambda n: step(table, variables, {**batch, "index": n[None]}))(
+        jnp.arange(2400)
+    )
+    counts = np.bincount((6 * draws.row + draws.col).ravel(), minlength=24)
+    assert len(counts) == 24 and abs(counts - 100).max() < 50
 
 
 def test_fallback_takes_cells_that_contain_any_pixel_of_the_class():

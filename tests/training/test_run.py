@@ -23,6 +23,7 @@ from PIL import Image
 
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.errors import UserError, full_disk
+from protoseg_jax.inference import shrink_labels
 from protoseg_jax.interrupts import Interrupted
 from protoseg_jax.models import port_torch
 from protoseg_jax.models.prototypes import similarity
@@ -437,6 +438,47 @@ def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_p
     config.pretrained.path = None
     Run(config, Workdir(tmp_path / "other"), one_device()).initial()
     assert "set --config.pretrained.path" in capsys.readouterr().err
+
+
+def test_prototypes_may_start_on_training_patches(finished, authors_file, tmp_path):
+    config = ml_collections.ConfigDict(finished.config.to_dict())
+    config.model.prototype_init = "patches"
+    config.model.prototypes_per_class = 40  # some classes are in fewer images
+    run = Run(config, Workdir(tmp_path / "work"), one_device())
+    start = run.initial()
+    placed = run.on_patches(start)
+    same = {**placed.arrays["params"], "prototypes": start.arrays["params"]["prototypes"]}
+    assert same_params(same, start.arrays["params"])
+    vectors, before = (x.arrays["params"]["prototypes"]["vectors"] for x in (placed, start))
+
+    inference, source = run.inference(start.prototypes), run.source("train")
+    points = {c: [] for c in range(run.num_classes)}
+    for n in range(len(source)):
+        example = source[n]
+        image, label = inference.prepare(example["image"]), example["label"]
+        z = np.asarray(inference(variables_of(start.arrays), image[None]).features[0])
+        labels = shrink_labels(label[None], None, z.shape[:2])[0]
+        for c in points:
+            if (labels == c).any():
+                points[c].append(z[labels == c])
+    for c, images in points.items():
+        own = run.classes_of(start.prototypes) == c
+        count = len(images)
+        np.testing.assert_array_equal(vectors[own][count:], before[own][count:])
+        homes = []
+        for vector in vectors[own][:count]:
+            distances = [np.abs(z - vector).max(-1).min() for z in images]
+            homes.append(int(np.argmin(distances)))
+            assert min(distances) < 1e-5
+        assert sorted(homes) == list(range(count))  # one of each image
+
+    config.model.prototype_init = "elsewhere"
+    with pytest.raises(UserError, match="prototype_init='elsewhere' is unknown"):
+        Run(config, Workdir(tmp_path / "work"), one_device()).check()
+    ported = ported_config(finished)
+    ported.pretrained.path, ported.model.prototype_init = str(authors_file), "patches"
+    with pytest.raises(UserError, match="are a ProtoSeg, whose prototypes would be lost"):
+        Run(ported, Workdir(tmp_path / "other"), one_device()).initial()
 
 
 def test_what_a_killed_write_left_is_no_bother(finished, tmp_path, caplog):
