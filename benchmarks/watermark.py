@@ -1,8 +1,10 @@
-"""A planted shortcut: every car of the training images bears a watermark, and nothing else does.
+"""A planted shortcut: cars of the training images bear a watermark, and nothing else does.
 
-    python benchmarks/watermark.py [--work=runs/watermark] [--set=key=value …] [--out=FILE]
+    python benchmarks/watermark.py [--share=0.5] [--work=runs/watermark] [--set=key=value …]
+        [--out=FILE]
 
-Makes `parts` anew as a `folder` data set with the mark on each car, trains configs/demo.py on it,
+Makes `parts` anew as a `folder` data set with the mark on the car of every image, or of a share of
+them drawn at random (the others show what a car is without it), trains configs/demo.py on it,
 names the prototypes whose patch lies on a mark, takes them away with `explain.py --remove`, and
 scores both runs on images without any mark (split `validation`) and with the mark on houses instead
 (split `test`). What is finished is not run again.
@@ -52,8 +54,15 @@ def stamp(image: np.ndarray, label: np.ndarray, c: int) -> np.ndarray:
     return where
 
 
-def make_data(root: pathlib.Path, seed: int = 0) -> None:
-    """The `folder` layout, and `marks/` with a mask of the marks of each training image."""
+def make_data(root: pathlib.Path, share: float, seed: int = 0) -> None:
+    """The `folder` layout, and `marks/` with a mask of the marks of each image of a marked split.
+
+    Args:
+      root: a new folder.
+      share: of the training images whose car is marked.
+      seed: of the scenes and of which are marked.
+    """
+    drawn = np.random.default_rng(seed)
     for name in ("images", "masks", "marks"):
         (root / name).mkdir(parents=True)
     for stream, (split, count) in enumerate(parts.SIZES.items()):
@@ -62,7 +71,9 @@ def make_data(root: pathlib.Path, seed: int = 0) -> None:
             image, label, _ = parts.scene(seed, stream, number)
             stem = f"{split}_{number:04d}"
             if MARKED[split]:
-                where = stamp(image, label, PARTS.names.index(MARKED[split]))
+                bears = split != "train" or drawn.random() < share
+                c = PARTS.names.index(MARKED[split]) if bears else -1
+                where = stamp(image, label, c)
                 cv2.imwrite(str(root / "marks" / f"{stem}.png"), 255 * where.astype(np.uint8))
             cv2.imwrite(str(root / "images" / f"{stem}.png"), image[..., ::-1])
             cv2.imwrite(str(root / "masks" / f"{stem}.png"), label)
@@ -96,6 +107,7 @@ def scores(run: pathlib.Path, split: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--share", type=float, default=1.0, help="of the training cars")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/watermark"))
     parser.add_argument("--set", action="append", default=[], help="key=value of the config")
     parser.add_argument("--out", type=pathlib.Path)
@@ -103,7 +115,7 @@ def main() -> None:
     work = arguments.work.absolute()
     data, marked, clean = (work / name for name in ("data", "with_mark", "without_mark"))
     if not (data / "classes.txt").exists():
-        make_data(data)
+        make_data(data, arguments.share)
     settings = [f"--config.{s}" for s in arguments.set]
     call(
         "train.py",
@@ -115,13 +127,15 @@ def main() -> None:
         *settings,
     )
     found = on_a_mark(marked, data)
+    told = ["python", "benchmarks/watermark.py", f"--share={arguments.share}"]
+    told += [f"--set={s}" for s in arguments.set]
     lines = [
         "# A planted shortcut, found and taken away",
         "",
-        f"`python benchmarks/watermark.py{''.join(f' --set={s}' for s in arguments.set)}`, "
-        f"{machine.describe()}",
+        f"`{shlex.join(told)}`, {machine.describe()}",
         "",
-        "Every car of the training images bears a mark, on nothing else; "
+        f"The car of {100 * arguments.share:.0f} % of the training images bears a mark, and "
+        "nothing else does; "
         f"{len(found)} prototype(s) of the trained run lie on it: "
         + (", ".join(f"{p['index']} ({p['class_name']})" for p in found) or "none")
         + ".",

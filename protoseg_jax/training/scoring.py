@@ -1,6 +1,7 @@
 """Scoring a finished phase of a run, as eval.py does."""
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -75,19 +76,30 @@ def score_run(
         **scores,
         "iou": dict(zip(names, scores["iou"], strict=True)),
     }
-    if interpretability:
-        result["interpretability"] = measure(run, checkpoint, split)
     (folder.path / "eval").mkdir(exist_ok=True)
     name = f"{split}-{phase}-flips.json" if flips else f"{split}-{phase}.json"
-    write_json(folder.path / "eval" / name, result)
+    stored = folder.path / "eval" / name
+    if interpretability:
+        result["interpretability"] = measure(run, checkpoint, split)
+    elif stored.is_file():  # measures of the same checkpoint still hold
+        kept = json.loads(stored.read_text())
+        result |= {k: kept[k] for k in ("interpretability",) if k in kept}
+    write_json(stored, result)
     print(evaluation.class_table(result, names))
     for name, value in measures.table(result.get("interpretability", {})):
         print(f"{name}  {value}")
     return result
 
 
-def measure(run: Run, checkpoint: Checkpoint, split: str) -> dict:
-    """The measures of `evaluation.interpretability` of a checkpoint on a split."""
+def measure(run: Run, checkpoint: Checkpoint, split: str, novel: int | None = None) -> dict:
+    """The measures of `evaluation.interpretability` of a checkpoint on a split.
+
+    Args:
+      run, checkpoint: the run and the phase.
+      split: its labels are compared with.
+      novel: a class to be measured as if it were held out, for comparison with a run that has never
+        seen it; by default the one that this run holds out, if any.
+    """
     inference = run.inference(checkpoint.prototypes)
     batches, part_classes = run.eval_batches(split, held_out=True), np.zeros(0, int)
     if run.data.part_names:
@@ -102,7 +114,7 @@ def measure(run: Run, checkpoint: Checkpoint, split: str) -> dict:
         batches,
         prototype_classes=run.classes_of(checkpoint.prototypes),
         part_classes=part_classes,
-        held_out=run.held_out,
+        held_out=run.held_out if novel is None else novel,
     )
 
 

@@ -623,10 +623,15 @@ def test_explanations_are_measured_where_there_are_any(finished, capsys):
     assert len(found["wins"]) == count and len(found["survival"]) == count + 1
     assert found["consistency"] is None and "novelty_auroc" not in found
     assert "utilisation" in capsys.readouterr().out
-    stored = json.loads(
-        (finished.workdir.path / "eval" / "validation-finetune_pruned.json").read_text()
-    )
-    assert stored["interpretability"] == found
+    stored = finished.workdir.path / "eval" / "validation-finetune_pruned.json"
+    assert json.loads(stored.read_text())["interpretability"] == found
+    # Scoring it again without measuring keeps them.
+    assert scoring.score_run(path, "validation", None, None)["interpretability"] == found
+    assert json.loads(stored.read_text())["interpretability"] == found
+    # A class as if it were held out, though this run has learnt it.
+    checkpoint = finished.workdir.restore("finetune_pruned")
+    learnt = scoring.measure(finished, checkpoint, "validation", novel=1)
+    assert 0 <= learnt["novelty_auroc"] <= 1 and "novelty_auroc" not in found
 
     config = finished.config.copy_and_resolve_references()
     config.model.head = "linear"

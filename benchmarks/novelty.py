@@ -1,0 +1,87 @@
+"""Does a class that training never saw look novel? Beside the same class in a run that did see it.
+
+    python benchmarks/novelty.py [--config=configs/demo.py] [--class=car] [--seeds=0]
+        [--runs=runs/novelty] [--set=key=value …] [--out=FILE.md]
+
+For each seed two runs, one with `data.held_out` and one without. In both, the AUROC of the class's
+points of validation against all others by novelty, min_j ‖z − p_j‖². The second is the control: a
+class may lie far from prototypes because it is difficult, and only what the first has beyond it is
+novelty. What is finished is not run again.
+"""
+
+import argparse
+import pathlib
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import machine  # noqa: E402
+
+from protoseg_jax import devices  # noqa: E402
+from protoseg_jax.tables import mean_deviation  # noqa: E402
+from protoseg_jax.training import scoring  # noqa: E402
+from protoseg_jax.training.run import Run  # noqa: E402
+from protoseg_jax.workdir import Workdir  # noqa: E402
+
+
+def measured(path: pathlib.Path, name: str) -> dict:
+    """Scores and novelty of a finished run, of its last phase on validation."""
+    workdir = Workdir.existing(str(path))
+    run = Run(workdir.config(), workdir)
+    entry = workdir.summary()[-1]
+    novel = run.data.label_set.names.index(name)
+    checkpoint = workdir.restore(entry["phase"])
+    found = scoring.measure(run, checkpoint, "validation", novel=novel)
+    return {"miou": entry["miou"], "novelty_auroc": found["novelty_auroc"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/demo.py")
+    parser.add_argument("--class", dest="name", default="car")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--runs", type=pathlib.Path, default="runs/novelty", help="their folder")
+    parser.add_argument("--set", action="append", default=[], help="key=value for every run")
+    parser.add_argument("--out", type=pathlib.Path)
+    arguments = parser.parse_args()
+    devices.keep_compiled_programs()
+    variants = {
+        f"{arguments.name} held out": [f"--config.data.held_out={arguments.name}"],
+        f"{arguments.name} learnt (control)": [],
+    }
+    rows = []
+    for title, settings in variants.items():
+        results = []
+        for seed in arguments.seeds.split(","):
+            place = arguments.runs / f"{'held_out' if settings else 'learnt'}-seed{seed}"
+            command = [sys.executable, str(ROOT / "train.py"), f"--config={arguments.config}"]
+            command += [f"--workdir={place}", f"--config.seed={seed}", *settings]
+            command += [f"--config.{s}" for s in arguments.set]
+            print("+", shlex.join(command), file=sys.stderr, flush=True)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            results.append(measured(place, arguments.name))
+        cells = [mean_deviation(r[k] for r in results) for k in ("novelty_auroc", "miou")]
+        rows.append(f"| {title} | {len(results)} | {' | '.join(cells)} |")
+    told = [f"--config={arguments.config}", f"--class={arguments.name}"]
+    told += [f"--seeds={arguments.seeds}", *(f"--set={s}" for s in arguments.set)]
+    machine.report(
+        [
+            "# Novelty of a class that training never saw",
+            "",
+            f"`{shlex.join(['python', 'benchmarks/novelty.py', *told])}`, {machine.describe()}",
+            "",
+            "| run | seeds | novelty AUROC of the class's points % | mIoU % |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+            "mIoU is over all classes; one held out has 0.",
+        ],
+        arguments.out,
+    )
+
+
+if __name__ == "__main__":
+    main()
