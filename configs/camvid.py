@@ -51,19 +51,14 @@ def get_config() -> ConfigDict:
     c.loss.class_balance = 0.5  # rare classes count more: weights (median / pixels)^0.5
 
     c.phases = ConfigDict()
-    rates = {"backbone": 1e-3, "decoder": 1e-3, "prototypes": 2e-3, "head": 0.0}
-    finetune = {"steps": 50, "learning_rates": {"head": 1e-4}, "schedule": "constant"}
+    rates = {"backbone": 1e-3, "decoder": 1e-3, "prototypes": 1e-2, "head": 0.0}
+    finetune = {"steps": 100, "learning_rates": {"head": 3e-2}, "schedule": "poly"}
     c.phases.warmup = {"steps": 0, "learning_rates": rates, "schedule": "constant"}
-    c.phases.joint = {"steps": 900, "learning_rates": rates, "schedule": "poly"}
+    c.phases.joint = {"steps": 600, "learning_rates": rates, "schedule": "poly"}
     c.phases.projection = {"steps": 1}
     c.phases.finetune = finetune
     c.phases.pruning = {"steps": 1}
-    # Pruning drops a third of these prototypes; w_h has more to mend.
-    c.phases.finetune_pruned = {
-        "steps": 150,
-        "learning_rates": {"head": 1e-3},
-        "schedule": "constant",
-    }
+    c.phases.finetune_pruned = finetune
 
     c.log_every = 10
     c.eval_every = 300

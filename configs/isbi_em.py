@@ -83,9 +83,10 @@ def _cpu(c: ConfigDict) -> None:
     c.augment.elastic = 2.7
     c.model.width = 16
     c.model.prototype_init = "patches"
-    c.phases.joint.steps = 300
+    c.phases.joint.steps = 900
     c.phases.joint.learning_rates.update({"backbone": 2e-3, "decoder": 2e-3, "prototypes": 1e-2})
     for name in ("finetune", "finetune_pruned"):
-        c.phases[name].steps = 50
-        c.phases[name].learning_rates.head = 1e-3
+        c.phases[name].steps = 100
+        c.phases[name].learning_rates.head = 3e-2
+        c.phases[name].schedule = "poly"
     c.eval_every = 0

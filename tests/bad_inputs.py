@@ -120,7 +120,7 @@ SECTIONS: dict[str, tuple[Spoil, list[str], str]] = {
     "EM: tiles larger than the image": (
         lambda d: None,
         ["--config.eval_overlap=8"],
-        "is 64×64, and tiles of 512×512 (height×width) are larger",
+        "is 64×64, and tiles of 256×256 (height×width) are larger",
     ),
     "EM: a group of another network": (
         lambda d: None,
