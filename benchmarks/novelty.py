@@ -61,7 +61,9 @@ def main() -> None:
             command += [f"--workdir={place}", f"--config.seed={seed}", *settings]
             command += [f"--config.{s}" for s in arguments.set]
             print("+", shlex.join(command), file=sys.stderr, flush=True)
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+            if code:
+                sys.exit(code)
             results.append(measured(place, arguments.name))
         cells = [mean_deviation(r[k] for r in results) for k in ("novelty_auroc", "miou")]
         rows.append(f"| {title} | {len(results)} | {' | '.join(cells)} |")

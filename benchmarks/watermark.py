@@ -96,7 +96,9 @@ def on_a_mark(run: pathlib.Path, data: pathlib.Path) -> list[dict]:
 def call(*line: str) -> None:
     """One of the project's programs, its commands told."""
     print("+", shlex.join(["python", *line]), file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, *line], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    code = subprocess.run([sys.executable, *line], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+    if code:
+        sys.exit(code)
 
 
 def scores(run: pathlib.Path, split: str) -> dict:
@@ -108,11 +110,11 @@ def scores(run: pathlib.Path, split: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--share", type=float, default=1.0, help="of the training cars")
-    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/watermark"))
+    parser.add_argument("--work", type=pathlib.Path, default="runs/watermark", help="their folder")
     parser.add_argument("--set", action="append", default=[], help="key=value of the config")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
-    work = arguments.work.absolute()
+    work = arguments.work.absolute() / f"share-{arguments.share:g}"
     data, marked, clean = (work / name for name in ("data", "with_mark", "without_mark"))
     if not (data / "classes.txt").exists():
         make_data(data, arguments.share)
@@ -127,7 +129,7 @@ def main() -> None:
         *settings,
     )
     found = on_a_mark(marked, data)
-    told = ["python", "benchmarks/watermark.py", f"--share={arguments.share}"]
+    told = ["python", "benchmarks/watermark.py", f"--share={arguments.share:g}"]
     told += [f"--set={s}" for s in arguments.set]
     lines = [
         "# A planted shortcut, found and taken away",
