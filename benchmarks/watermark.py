@@ -7,7 +7,8 @@ Makes `parts` anew as a `folder` data set with the mark on the car of every imag
 them drawn at random (the others show what a car is without it), trains configs/demo.py on it,
 names the prototypes whose patch lies on a mark, takes them away with `explain.py --remove`, and
 scores both runs on images without any mark (split `validation`) and with the mark on houses instead
-(split `test`). What is finished is not run again.
+(split `test`). A control is without as many others of the same classes: it is fine-tuned as long.
+What is finished is not run again.
 """
 
 import argparse
@@ -34,7 +35,7 @@ MARKED = {"train": "car", "validation": None, "test": "house"}
 
 
 def mark() -> np.ndarray:
-    """A checkerboard of magenta and white, RGB."""
+    """Stripes of magenta and white, RGB."""
     board = np.indices((SIDE, SIDE)).sum(0) // 4 % 2
     return np.where(board[..., None] == 0, (255, 0, 255), (255, 255, 255)).astype(np.uint8)
 
@@ -93,6 +94,17 @@ def on_a_mark(run: pathlib.Path, data: pathlib.Path) -> list[dict]:
     return found
 
 
+def as_many_others(run: pathlib.Path, found: list[dict]) -> list[dict]:
+    """The first prototypes that are not among those found, as many of each class."""
+    everything = json.loads((run / "prototypes.json").read_text())["prototypes"]
+    others = []
+    for c in dict.fromkeys(p["class"] for p in found):
+        own = [p for p in everything if p["class"] == c]
+        count = sum(p["class"] == c for p in found)
+        others += [p for p in own if p not in found][:count]
+    return others
+
+
 def call(*line: str) -> None:
     """One of the project's programs, its commands told."""
     print("+", shlex.join(["python", *line]), file=sys.stderr, flush=True)
@@ -115,7 +127,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     work = arguments.work.absolute() / f"share-{arguments.share:g}"
-    data, marked, clean = (work / name for name in ("data", "with_mark", "without_mark"))
+    names = ("data", "with_mark", "without_mark", "control")
+    data, marked, clean, control = (work / name for name in names)
     if not (data / "classes.txt").exists():
         make_data(data, arguments.share)
     settings = [f"--config.{s}" for s in arguments.set]
@@ -143,21 +156,24 @@ def main() -> None:
         + ".",
     ]
     if found:
-        ids = ",".join(str(p["index"]) for p in found)
-        if not (clean / "summary.json").exists():
-            call("explain.py", f"--workdir={marked}", f"--remove={ids}", f"--to={clean}")
+        others = as_many_others(marked, found)
+        for prototypes, place in ((found, clean), (others, control)):
+            if not (place / "summary.json").exists():
+                ids = ",".join(str(p["index"]) for p in prototypes)
+                call("explain.py", f"--workdir={marked}", f"--remove={ids}", f"--to={place}")
+        instead = ", ".join(str(p["index"]) for p in others)
         lines += [
             "",
-            "| images | score | with them, % | without them, % |",
-            "| --- | --- | --- | --- |",
+            f"| images | score | all prototypes, % | without them, % | without {instead}, % |",
+            "| --- | --- | --- | --- | --- |",
         ]
         for split, name in (("validation", "without a mark"), ("test", "the mark on houses")):
-            before, after = (scores(run, split) for run in (marked, clean))
-            cells = [(before["miou"], after["miou"], "mIoU")]
-            cells += [(before["iou"][c], after["iou"][c], f"IoU of {c}") for c in ("car", "house")]
-            lines += [
-                f"| {name} | {what} | {100 * a:.2f} | {100 * b:.2f} |" for a, b, what in cells
-            ]
+            runs = [scores(run, split) for run in (marked, clean, control)]
+            rows = {"mIoU": [r["miou"] for r in runs]}
+            rows |= {f"IoU of {c}": [r["iou"][c] for r in runs] for c in ("car", "house")}
+            for what, values in rows.items():
+                cells = " | ".join(f"{100 * v:.2f}" for v in values)
+                lines.append(f"| {name} | {what} | {cells} |")
     machine.report(lines, arguments.out)
 
 

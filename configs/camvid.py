@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     c.model.similarity = "log"
     c.model.features = 64
     c.model.prototypes_per_class = 10
-    c.model.prototype_init = "patches"  # "uniform", the paper's, takes longer to be reached
+    c.model.prototype_init = "patches"
     c.model.preprocessing = "imagenet"
     c.model.msc = ()
     c.model.remat = False

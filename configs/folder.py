@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.model.head = "prototypes"
     c.model.features = 64
     c.model.prototypes_per_class = 10
-    c.model.prototype_init = "uniform"  # "patches": faster without pretrained weights
+    c.model.prototype_init = "uniform"  # or "patches", random training points
     c.model.preprocessing = "imagenet"
     c.model.msc = ()  # (0.5, 0.75): multi-scale inputs
     c.model.remat = False  # True: less memory, about a third more work
