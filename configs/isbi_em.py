@@ -5,7 +5,7 @@ python train.py --config=configs/isbi_em.py --config.data.dir=DIR
 The paper's details are in a supplement that we do not have; this starts from a follow-up's recipe:
 no warm-up, Adam at 1e-4 with polynomial decay, weight decay 5e-4, batch 2 of whole sections, 10⁴
 joint and 10⁴ fine-tuning steps, 64 features, 20 prototypes. `:cpu` is a narrower net on sections at
-half their size, for two CPU cores; its prototypes start on training patches (see README).
+half their size, for two CPU cores; its prototypes start on training patches.
 """
 
 from ml_collections import ConfigDict, config_dict

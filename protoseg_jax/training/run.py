@@ -235,8 +235,7 @@ class Run:
         Each takes the features that the network has for one point of its class, no two of a class
         from one image; those for which there are not enough images keep their random vector. The
         network is still random then, but uniform vectors are far from all that it says (‖z − p‖² is
-        about 8 for D = 64), where eq. 1 is nearly flat, and a net trained from scratch takes long
-        to reach them.
+        about 8 for D = 64), where eq. 1 is nearly flat, and at a low rate they are reached late.
         """
         classes = self.classes_of(start.prototypes)
         k, split = int(np.bincount(classes).max()), self.config.data.projection_split
