@@ -15,13 +15,13 @@ import pathlib
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import machine  # noqa: E402
+from programs import call  # noqa: E402
 
 from protoseg_jax.tables import mean_deviation  # noqa: E402
 
@@ -95,12 +95,8 @@ def main() -> None:
         for name, settings in variants.items():
             place = folder(arguments.runs, name, seed)
             if not arguments.only_table:
-                command = [sys.executable, str(ROOT / "train.py"), f"--config={arguments.config}"]
-                command += [f"--workdir={place}", f"--config.seed={seed}", *common, *settings]
-                print("+", shlex.join(command), file=sys.stderr, flush=True)
-                code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-                if code:
-                    sys.exit(code)
+                line = [f"--config={arguments.config}", f"--workdir={place}"]
+                call("train.py", *line, f"--config.seed={seed}", *common, *settings)
             if (place / "summary.json").exists():
                 summaries[name].append(json.loads((place / "summary.json").read_text()))
 

@@ -12,13 +12,13 @@ novelty. What is finished is not run again.
 import argparse
 import pathlib
 import shlex
-import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import machine  # noqa: E402
+from programs import call  # noqa: E402
 
 from protoseg_jax import devices  # noqa: E402
 from protoseg_jax.tables import mean_deviation  # noqa: E402
@@ -57,13 +57,8 @@ def main() -> None:
         results = []
         for seed in arguments.seeds.split(","):
             place = arguments.runs / f"{'held_out' if settings else 'learnt'}-seed{seed}"
-            command = [sys.executable, str(ROOT / "train.py"), f"--config={arguments.config}"]
-            command += [f"--workdir={place}", f"--config.seed={seed}", *settings]
-            command += [f"--config.{s}" for s in arguments.set]
-            print("+", shlex.join(command), file=sys.stderr, flush=True)
-            code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-            if code:
-                sys.exit(code)
+            line = [f"--config={arguments.config}", f"--workdir={place}", f"--config.seed={seed}"]
+            call("train.py", *line, *settings, *(f"--config.{s}" for s in arguments.set))
             results.append(measured(place, arguments.name))
         cells = [mean_deviation(r[k] for r in results) for k in ("novelty_auroc", "miou")]
         rows.append(f"| {title} | {len(results)} | {' | '.join(cells)} |")

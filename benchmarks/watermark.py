@@ -12,10 +12,10 @@ What is finished is not run again.
 """
 
 import argparse
+import collections
 import json
 import pathlib
 import shlex
-import subprocess
 import sys
 
 import cv2
@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import machine  # noqa: E402
+from programs import call  # noqa: E402
 
 from protoseg_jax.data.builders import parts  # noqa: E402
 from protoseg_jax.data.label_sets import PARTS  # noqa: E402
@@ -83,10 +84,10 @@ def make_data(root: pathlib.Path, share: float, seed: int = 0) -> None:
     (root / "classes.txt").write_text("\n".join(PARTS.names) + "\n")
 
 
-def on_a_mark(run: pathlib.Path, data: pathlib.Path) -> list[dict]:
-    """Prototypes at least half of whose patch is marked."""
+def on_a_mark(prototypes: list[dict], data: pathlib.Path) -> list[dict]:
+    """Those at least half of whose patch is marked."""
     found = []
-    for prototype in json.loads((run / "prototypes.json").read_text())["prototypes"]:
+    for prototype in prototypes:
         where = cv2.imread(str(data / "marks" / f"{prototype['image_id']}.png"), 0)
         top, left, bottom, right = prototype["box"]
         if (where[top:bottom, left:right] > 0).mean() >= 0.5:
@@ -94,23 +95,15 @@ def on_a_mark(run: pathlib.Path, data: pathlib.Path) -> list[dict]:
     return found
 
 
-def as_many_others(run: pathlib.Path, found: list[dict]) -> list[dict]:
-    """The first prototypes that are not among those found, as many of each class."""
-    everything = json.loads((run / "prototypes.json").read_text())["prototypes"]
+def as_many_others(prototypes: list[dict], found: list[dict]) -> list[dict]:
+    """The first that are not among those found, as many of each class."""
+    left = collections.Counter(p["class"] for p in found)
     others = []
-    for c in dict.fromkeys(p["class"] for p in found):
-        own = [p for p in everything if p["class"] == c]
-        count = sum(p["class"] == c for p in found)
-        others += [p for p in own if p not in found][:count]
+    for prototype in prototypes:
+        if prototype not in found and left[prototype["class"]] > 0:
+            left[prototype["class"]] -= 1
+            others.append(prototype)
     return others
-
-
-def call(*line: str) -> None:
-    """One of the project's programs, its commands told."""
-    print("+", shlex.join(["python", *line]), file=sys.stderr, flush=True)
-    code = subprocess.run([sys.executable, *line], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
-    if code:
-        sys.exit(code)
 
 
 def scores(run: pathlib.Path, split: str) -> dict:
@@ -134,14 +127,15 @@ def main() -> None:
     settings = [f"--config.{s}" for s in arguments.set]
     call(
         "train.py",
-        "--config=configs/demo.py",
+        f"--config={ROOT / 'configs' / 'demo.py'}",
         f"--workdir={marked}",
         "--config.data.name=folder",
         f"--config.data.dir={data}",
         f"--config.data.cache={work / 'cache'}",
         *settings,
     )
-    found = on_a_mark(marked, data)
+    everything = json.loads((marked / "prototypes.json").read_text())["prototypes"]
+    found = on_a_mark(everything, data)
     told = ["python", "benchmarks/watermark.py", f"--share={arguments.share:g}"]
     told += [f"--set={s}" for s in arguments.set]
     lines = [
@@ -156,10 +150,10 @@ def main() -> None:
         + ".",
     ]
     if found:
-        others = as_many_others(marked, found)
-        for prototypes, place in ((found, clean), (others, control)):
+        others = as_many_others(everything, found)
+        for without, place in ((found, clean), (others, control)):
             if not (place / "summary.json").exists():
-                ids = ",".join(str(p["index"]) for p in prototypes)
+                ids = ",".join(str(p["index"]) for p in without)
                 call("explain.py", f"--workdir={marked}", f"--remove={ids}", f"--to={place}")
         instead = ", ".join(str(p["index"]) for p in others)
         lines += [

@@ -119,7 +119,7 @@ SECTIONS: dict[str, tuple[Spoil, list[str], str]] = {
     **{f"EM: {name}": (spoil, [], words) for name, (spoil, words) in sections.BAD.items()},
     "EM: tiles larger than the image": (
         lambda d: None,
-        ["--config.eval_overlap=8"],
+        ["--config.eval_overlap=8", "--config.eval_size=(256,256)"],
         "is 64×64, and tiles of 256×256 (height×width) are larger",
     ),
     "EM: a group of another network": (
