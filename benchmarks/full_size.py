@@ -34,7 +34,7 @@ from protoseg_jax.models.prototypes import equal_blocks  # noqa: E402
 from protoseg_jax.prototypes import patch_search  # noqa: E402
 from protoseg_jax.training import phases  # noqa: E402
 from protoseg_jax.training import step as steps  # noqa: E402
-from protoseg_jax.training.run import feature_sizes, settle  # noqa: E402
+from protoseg_jax.training.start import settle  # noqa: E402
 
 # Name: config, classes, label size, images projected from and evaluated on.
 SETS = {
@@ -102,7 +102,7 @@ class Case:
                 num_classes=self.classes,
                 loss_config=ml_collections.ConfigDict({**self.config.loss.to_dict(), **loss}),
                 accumulate=1,
-                feature_sizes=feature_sizes(self.inference, tuple(self.config.crop_size)),
+                feature_sizes=self.inference.feature_sizes(tuple(self.config.crop_size)),
             ),
             donate_argnums=(0,),
         )

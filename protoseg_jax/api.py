@@ -33,7 +33,6 @@ from protoseg_jax.errors import UserError, reason
 from protoseg_jax.evaluation import segmentation
 from protoseg_jax.explain import evidence, figures
 from protoseg_jax.training import phases
-from protoseg_jax.training.run import variables_of
 from protoseg_jax.workdir import Workdir
 
 _CANVAS_STEP = 64  # images are upsampled onto canvases of such multiples: few are compiled
@@ -209,7 +208,7 @@ class Model:
         self.inference = inferences.from_config(
             config, len(self.classes), len(self.checkpoint.prototypes)
         )
-        self._variables = variables_of(self.checkpoint.arrays)
+        self._variables = self.checkpoint.variables
         self.projected = not black_box and "image_id" in self.checkpoint.prototypes[0]
         self.prototypes = _prototypes(workdir, self.checkpoint.prototypes)
         self._infer = jax.jit(lambda v, image: self.inference(v, image[None]))

@@ -19,10 +19,11 @@ from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.evaluation import interpretability
 from protoseg_jax.explain import evidence, explorer, figures, paper
 from protoseg_jax.inference import Inference, cell_box, shrink_labels
+from protoseg_jax.progress import say
 from protoseg_jax.prototypes import patch_search
 from protoseg_jax.prototypes.pruning import NEIGHBOURS
 from protoseg_jax.training import run as runs
-from protoseg_jax.training.run import Run, say, variables_of
+from protoseg_jax.training.run import Run
 from protoseg_jax.workdir import Checkpoint, Workdir, write_json
 
 _IMAGES = 10  # of a split, on the page
@@ -209,7 +210,7 @@ def point_counts(run: Run, model: api.Model, split: str) -> tuple[np.ndarray, np
     say(f"counting the points of each prototype in {split}")
     classes = tuple(p.class_ for p in model.prototypes)
     step = run.pool.map(_make_counts_step(model.inference, classes))
-    variables = run.pool.replicate(variables_of(model.checkpoint.arrays))
+    variables = run.pool.replicate(model.checkpoint.variables)
     counts = np.zeros((2, len(classes)), np.int64)
     for batch in run.pool.prefetch(run.eval_batches(split)):
         counts += np.array(run.pool.first(step(variables, batch)))
@@ -224,7 +225,7 @@ def _nearest(run: Run, model: api.Model):
     patches = patch_search.search(
         run.pool,
         patch_search.make_search_step(model.inference, classes, k=NEIGHBOURS, within_class=False),
-        variables_of(model.checkpoint.arrays),
+        model.checkpoint.variables,
         run.eval_batches(split),
         patch_search.empty(len(classes), NEIGHBOURS, run.config.model.features),
     )
@@ -252,7 +253,7 @@ def _nearest(run: Run, model: api.Model):
 def feature_size(model: api.Model) -> tuple[int, int]:
     """(h, w) of the feature map at the run's evaluation size."""
     image = jax.ShapeDtypeStruct((1, *model.inference.eval_size, 3), np.uint8)
-    variables = variables_of(model.checkpoint.arrays)
+    variables = model.checkpoint.variables
     return jax.eval_shape(model.inference, variables, image).features.shape[1:3]
 
 

@@ -62,6 +62,14 @@ class Inference:
         """What training learns from: with MSC every scale's output and the fused one (device)."""
         return self.model.apply(variables, self.preprocessing.normalise(images), method="outputs")
 
+    def feature_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(h, w) of the feature map of each of the model's outputs, for images of a size."""
+        images = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
+        outputs = jax.eval_shape(
+            lambda x: self.model.init_with_output(jax.random.key(0), x, method="outputs")[0], images
+        )
+        return [output.features.shape[1:3] for output in outputs]
+
 
 def from_config(
     config: ml_collections.ConfigDict, num_classes: int, num_prototypes: int

@@ -94,6 +94,12 @@ class Checkpoint:
     def name(self) -> str:
         return self.phase if self.finished else f"{self.phase}-{self.step:07d}"
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The arrays as the model's variables."""
+        frozen = {"frozen": self.arrays["frozen"]} if self.arrays["frozen"] else {}
+        return {"params": self.arrays["params"], **frozen}
+
 
 class DamagedCheckpoint(UserError):
     """A checkpoint whose content is not what was written."""

@@ -9,7 +9,7 @@ from configs import cityscapes, pascal
 from protoseg_jax import inference as inferences
 from protoseg_jax.data import label_sets
 from protoseg_jax.training import phases
-from protoseg_jax.training.run import feature_sizes, settle
+from protoseg_jax.training.start import settle
 
 NAMES = sorted(p.stem for p in (Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 KEYS = """seed batch_size accumulate compute_dtype data.name data.dir data.cache crop_size eval_size
@@ -44,8 +44,8 @@ def test_the_paper_s_sizes(module, classes, training, evaluation):
     settle(config)
     assert (config.model.stride_in, config.model.preprocessing) == ("3x3", "imagenet")
     inference = inferences.from_config(config, len(classes), 10 * len(classes))
-    assert feature_sizes(inference, config.crop_size) == training
-    assert feature_sizes(inference, config.eval_size)[-1] == evaluation
+    assert inference.feature_sizes(config.crop_size) == training
+    assert inference.feature_sizes(config.eval_size)[-1] == evaluation
 
 
 @pytest.mark.parametrize("module", [pascal, cityscapes])

@@ -15,18 +15,16 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 import orbax.checkpoint
 import tensorboardX
-import tqdm
 
 import protoseg_jax
 from protoseg_jax import inference as inferences
 from protoseg_jax import losses
-from protoseg_jax.data import augment, builders, pipeline, preprocessing, tiles
+from protoseg_jax.data import augment, builders, pipeline, tiles
 from protoseg_jax.devices import (
     DevicePool,
     backend_description,
@@ -41,23 +39,16 @@ from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.explain import figures
 from protoseg_jax.interrupts import Interrupted, Interrupts
 from protoseg_jax.models import port_torch
-from protoseg_jax.models.prototypes import class_connections, equal_blocks
+from protoseg_jax.progress import Progress, say
 from protoseg_jax.prototypes import patch_search
 from protoseg_jax.prototypes.projection import project
 from protoseg_jax.prototypes.pruning import NEIGHBOURS, prune
 from protoseg_jax.training import optimizer as optimizers
 from protoseg_jax.training import phases as phases_lib
+from protoseg_jax.training import start as starts
 from protoseg_jax.training import step as steps
 from protoseg_jax.training.phases import Phase
 from protoseg_jax.workdir import Checkpoint, Workdir, write_json
-
-_PROTOTYPE_INITS = ("uniform", "patches")
-
-
-def say(text: str) -> None:
-    """A line for the person watching, above any progress bar."""
-    if is_main():
-        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 class Run:
@@ -114,10 +105,10 @@ class Run:
         """
         config = self.config
         self.pool.check_batch(config.batch_size, config.accumulate)
-        if self.prototype_init not in _PROTOTYPE_INITS:
+        if self.prototype_init not in starts.PROTOTYPE_INITS:
             raise UserError(
                 f"model.prototype_init={self.prototype_init!r} is unknown; choose one of: "
-                f"{', '.join(_PROTOTYPE_INITS)}"
+                f"{', '.join(starts.PROTOTYPE_INITS)}"
             )
         for key in ("eval_batch_size", "log_every"):
             if config[key] < 1:
@@ -126,7 +117,7 @@ class Run:
             size = tuple(config[key])
             points = (0, 0)
             if len(size) == 2 and min(size) >= 8:
-                points = min(feature_sizes(self.inference([{"class": 0}]), size), key=min)
+                points = min(self.inference([{"class": 0}]).feature_sizes(size), key=min)
             if min(points) < 2:
                 raise UserError(
                     f"{key}={size} is too small for the backbone: it leaves fewer than 2×2 points; "
@@ -207,114 +198,8 @@ class Run:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (a program has one run)
     def initial(self) -> Checkpoint:
-        """The run before its first phase: random weights, prototypes in [0, 1)^D; on top of them
-        the weights of `pretrained.path`.
-
-        Raises:
-          UserError: those weights are not this config's network's.
-        """
-        path = self.config.pretrained.path
-        if path:
-            return self.with_weights(port_torch.load(path), path)
-        if self.config.model.get("norm") == "frozen_batch":
-            say(
-                "warning: model.norm is 'frozen_batch' without pretrained.path: its BatchNorms are "
-                "the identity and stay so; set --config.pretrained.path to ImageNet weights"
-            )
-        return self.random(self.classes_at_start())
-
-    def classes_at_start(self) -> np.ndarray:
-        """c(j) at the start, [M]: equally many of each class, none of one held out."""
-        count = 0 if self.black_box else self.num_classes * self.config.model.prototypes_per_class
-        classes = equal_blocks(count, self.num_classes)
-        return classes if self.held_out is None else classes[classes != self.held_out]
-
-    def on_patches(self, start: Checkpoint) -> Checkpoint:
-        """`model.prototype_init = "patches"`: prototypes start on random training points.
-
-        Each takes the features that the network has for one point of its class, no two of a class
-        from one image; those for which there are not enough images keep their random vector. The
-        network is still random then, but uniform vectors are far from all that it says (‖z − p‖² is
-        about 8 for D = 64), where eq. 1 is nearly flat, and at a low rate they are reached late.
-        """
-        classes = self.classes_of(start.prototypes)
-        k, split = int(np.bincount(classes).max()), self.config.data.projection_split
-        table = patch_search.empty(self.num_classes, k, self.config.model.features)
-        total, stride = len(self.examples(split)), self.eval_batch_size * self.pool.processes
-        with Progress("prototypes", total, 0, unit="image") as progress:
-            table = patch_search.search(
-                self.pool,
-                patch_search.make_sample_step(
-                    self.inference(start.prototypes), self.num_classes, k=k, seed=self.config.seed
-                ),
-                variables_of(start.arrays),
-                self.eval_batches(split),
-                table,
-                lambda _: progress.update(min(stride, total - progress.done)),
-            )
-        place = np.array([(classes[:j] == c).sum() for j, c in enumerate(classes)])
-        found = np.isfinite(table.squared_distance[classes, place])[:, None]
-        vectors = start.arrays["params"]["prototypes"]["vectors"]
-        vectors = np.where(found, table.feature[classes, place], vectors)
-        params = {**start.arrays["params"], "prototypes": {"vectors": vectors}}
-        return dataclasses.replace(start, arrays={**start.arrays, "params": params})
-
-    def random(self, prototype_classes: np.ndarray) -> Checkpoint:
-        """Random weights for prototypes of these classes [M]."""
-        prototypes = [{"index": j, "class": int(c)} for j, c in enumerate(prototype_classes)]
-        inference = self.inference(prototypes)
-        images = jnp.zeros((1, *self.config.crop_size, 3), jnp.uint8)
-        variables = jax.jit(
-            lambda key: inference.model.init(key, inference.preprocessing.normalise(images))
-        )(jax.random.key(self.config.seed))
-        arrays = {
-            "params": jax.device_get(variables["params"]),
-            "frozen": jax.device_get(dict(variables).get("frozen", {})),
-        }
-        if prototypes:  # the model itself only knows equally many a class
-            kernel = class_connections(prototype_classes, self.num_classes)
-            arrays["params"]["head"] = {"kernel": np.asarray(kernel)}
-        return Checkpoint("", 0, True, arrays, prototypes)
-
-    def with_weights(self, ported: port_torch.Ported, path: str) -> Checkpoint:
-        """Random weights, with ported ones in their place.
-
-        Raises:
-          UserError: the weights are not this config's network's.
-        """
-        model = self.config.model
-        if model.backbone != "resnet":
-            raise UserError(
-                f"weights {path} are a {ported.origin} ResNet-{ported.depth}, but model.backbone "
-                f"is {model.backbone!r}; leave pretrained.path out"
-            )
-        for key, wanted in dataclasses.asdict(port_torch.ORIGINS[ported.origin]).items():
-            if model[key] != wanted:  # allowed: the released code does so with torchvision's
-                say(
-                    f"warning: model.{key} is {model[key]!r}, but weights {path} "
-                    f"({ported.origin}) were trained with {wanted!r}"
-                )
-        if ported.prototype_classes is not None and self.black_box:
-            raise UserError(f"weights {path} are a ProtoSeg; model.head='linear' has no prototypes")
-        if ported.prototype_classes is not None and self.prototype_init != "uniform":
-            raise UserError(
-                f"weights {path} are a ProtoSeg, whose prototypes would be lost; set "
-                "--config.model.prototype_init=uniform"
-            )
-        classes = ported.prototype_classes
-        start = self.random(self.classes_at_start() if classes is None else classes)
-        for collection in ("params", "frozen"):
-            ours, theirs = start.arrays[collection], getattr(ported, collection)
-            for group, tree in theirs.items():
-                if _shapes(ours.get(group, {})) != _shapes(tree):
-                    raise UserError(
-                        f"the {group} of weights {path} ({ported.origin} ResNet-{ported.depth}) "
-                        f"does not fit model.depth={model.depth}, model.width={model.width}, "
-                        f"model.norm={model.norm!r}, model.features={model.features} and "
-                        f"{self.num_classes} classes; use the config of that network"
-                    )
-                ours[group] = tree
-        return start
+        """The run before its first phase (`start.initial`)."""
+        return starts.initial(self)
 
     def score(
         self, checkpoint: Checkpoint, split: str, *, overlap: bool = True, flips: bool = False
@@ -324,7 +209,7 @@ class Run:
         return evaluation.evaluate(
             self.pool,
             inferences.flipped(inference, self.config) if flips else inference,
-            variables_of(checkpoint.arrays),
+            checkpoint.variables,
             self.eval_batches(split),
             prototype_classes=self.classes_of(checkpoint.prototypes),
             num_classes=self.num_classes,
@@ -365,7 +250,7 @@ class Run:
                 num_classes=self.num_classes,
                 loss_config=config.loss,
                 accumulate=config.accumulate,
-                feature_sizes=feature_sizes(inference, tuple(config.crop_size)),
+                feature_sizes=inference.feature_sizes(tuple(config.crop_size)),
                 class_weights=self.class_weights(),
             ),
             donate_argnums=(0,),
@@ -480,9 +365,7 @@ class Run:
                 raise Interrupted(stop)
 
         def run(step, table, batches, after):
-            return patch_search.search(
-                self.pool, step, variables_of(start.arrays), batches, table, after
-            )
+            return patch_search.search(self.pool, step, start.variables, batches, table, after)
 
         with Progress(name, total, done, unit="image") as progress:
             patches = run(
@@ -519,7 +402,7 @@ class Run:
         result = project(patches, self.classes_of(start.prototypes))
         arrays, prototypes = keep_prototypes(start, result.keep)
         arrays["params"]["prototypes"] = {"vectors": result.vectors}
-        size = feature_sizes(self.inference(prototypes), tuple(self.config.eval_size))[-1]
+        size = self.inference(prototypes).feature_sizes(tuple(self.config.eval_size))[-1]
         source = self.examples(self.config.data.projection_split)
         for prototype, place in zip(prototypes, result.sources, strict=True):
             example = source[place["image"]]
@@ -560,7 +443,7 @@ class Run:
         names = self.data.label_set.names
         inference = self.inference(checkpoint.prototypes)
         eval_size = tuple(self.config.eval_size)
-        size = feature_sizes(inference, eval_size)[-1]
+        size = inference.feature_sizes(eval_size)[-1]
         keys = ("index", "class", "class_name", "image_id", "row", "col", "box", "squared_distance")
         entries = [{**p, "class_name": names[p["class"]]} for p in checkpoint.prototypes]
         in_images = [{**e, "box": _moved(e["box"], e.get("tile", (0, 0)))} for e in entries]
@@ -590,7 +473,7 @@ class Run:
             },
         )
         infer = jax.jit(lambda v, image: inference(v, image[None]).similarities[0])
-        variables = variables_of(checkpoint.arrays)
+        variables = checkpoint.variables
         for c, name in enumerate(names):
             own = [(j, e) for j, e in enumerate(entries) if e["class"] == c]
             if not own:
@@ -647,7 +530,7 @@ class Run:
         if state is None:
             state = self.initial()
             if self.prototype_init == "patches" and not self.black_box:
-                state = self.on_patches(state)
+                state = starts.on_patches(self, state)
         for phase in self.phases[at:]:
             if phase.name in scored:
                 continue
@@ -675,44 +558,6 @@ class Run:
         return self.train_phase(phase, state, first_batch)
 
 
-class Progress:
-    """A bar with rate, loss and ETA on a terminal; plain lines elsewhere."""
-
-    def __init__(self, name: str, total: int, done: int, unit: str = "step"):
-        self._plain = not sys.stderr.isatty() or not is_main()
-        self._name, self._total, self.done, self._unit = name, total, done, unit
-        self._start, self._begun, self._said = time.monotonic(), done, 0.0
-        self._bar = tqdm.tqdm(
-            total=total, initial=done, desc=name, unit=unit, disable=self._plain, leave=False
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
-
-    def update(self, count: int, loss: float | None = None, rate: float | None = None) -> None:
-        """Count done steps or images."""
-        self.done += count
-        if loss is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
-        self._bar.update(count)
-        now = time.monotonic()
-        if self._plain and (now - self._said > 10 or self.done >= self._total):
-            self._said = now
-            left = (self._total - self.done) * (now - self._start) / (self.done - self._begun)
-            parts = [f"{self._name}: {self._unit} {self.done}/{self._total}"]
-            if loss is not None:
-                parts += [f"loss {loss:.4f}", f"{rate:.1f} images/s"]
-            parts.append(f"{datetime.timedelta(seconds=round(left))} left")
-            say(", ".join(parts))
-
-
-def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {"/".join(k): x.shape for k, x in flax.traverse_util.flatten_dict(tree).items()}
-
-
 def _moved(box: list[int], corner: tuple[int, int]) -> list[int]:
     """A box within a tile, in the image's pixels."""
     (y, x), (top, left, bottom, right) = corner, box
@@ -733,22 +578,6 @@ def keep_prototypes(
     params["head"] = {"kernel": np.asarray(params["head"]["kernel"])[keep]}
     arrays = {"params": params, "frozen": start.arrays["frozen"]}
     return arrays, [dict(start.prototypes[j]) for j in keep.tolist()]
-
-
-def variables_of(arrays: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's arrays as the model's variables."""
-    frozen = {"frozen": arrays["frozen"]} if arrays["frozen"] else {}
-    return {"params": arrays["params"], **frozen}
-
-
-def feature_sizes(inference: inferences.Inference, size: tuple[int, int]) -> list[tuple[int, int]]:
-    """(h, w) of the feature map of each of a model's outputs, for images of a size."""
-    images = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
-    model = inference.model
-    outputs = jax.eval_shape(
-        lambda x: model.init_with_output(jax.random.key(0), x, method="outputs")[0], images
-    )
-    return [output.features.shape[1:3] for output in outputs]
 
 
 def _percent(value: float | None) -> str:
@@ -773,34 +602,6 @@ def manifest(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> None:
-    """Replace "auto" in `model.stride_in` and `model.preprocessing`, in place.
-
-    They follow the weights (METHOD): those of `pretrained.path`; without weights torchvision's.
-    With preprocessing "data" mean and deviation are measured. A run that goes on keeps what it was
-    started with.
-    """
-    model = config.model
-    if workdir and (workdir.path / "config.json").is_file():
-        _follow(config, workdir.config().model)
-    if model.preprocessing == "data" and not model.mean:
-        training = builders.from_config(config).source(config.data.train_split)
-        preprocessing.measure(model, training)
-    if "auto" not in (model.get("stride_in"), model.preprocessing):
-        return
-    path = config.pretrained.path
-    _follow(config, port_torch.ORIGINS[port_torch.load(path).origin if path else "torchvision"])
-
-
-def _follow(
-    config: ml_collections.ConfigDict, settled: port_torch.Origin | ml_collections.ConfigDict
-) -> None:
-    for key in ("stride_in", "preprocessing", "mean", "std"):
-        value = getattr(settled, key, None)
-        if value and config.model.get(key) in ("auto", ()):
-            config.model[key] = tuple(value) if isinstance(value, list) else value
-
-
 def write_ported(config: ml_collections.ConfigDict, source: str, workdir: str) -> None:
     """Write the weights of a trained ProtoSeg as a run whose joint phase is finished.
 
@@ -822,8 +623,8 @@ def write_ported(config: ml_collections.ConfigDict, source: str, workdir: str) -
     folder = Workdir(workdir)
     if (folder.path / "config.json").exists():
         raise UserError(f"{workdir} holds a run already; name another folder")
-    _follow(config, port_torch.ORIGINS[ported.origin])
-    start = Run(config, folder).with_weights(ported, source)
+    starts.follow(config, port_torch.ORIGINS[ported.origin])
+    start = starts.with_weights(Run(config, folder), ported, source)
     folder.start(config, manifest(config))
     try:
         folder.save(dataclasses.replace(start, phase="joint", step=config.phases.joint.steps))
@@ -840,7 +641,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     folder = Workdir(workdir)
     try:
-        settle(config, folder)
+        starts.settle(config, folder)
         run = Run(config, folder)
         with run.interrupts:
             run.check()

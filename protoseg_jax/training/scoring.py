@@ -16,7 +16,7 @@ from protoseg_jax.evaluation import evaluate as evaluation
 from protoseg_jax.evaluation import interpretability as measures
 from protoseg_jax.evaluation import segmentation
 from protoseg_jax.evaluation.submissions import submission
-from protoseg_jax.training.run import Run, feature_sizes, variables_of
+from protoseg_jax.training.run import Run
 from protoseg_jax.workdir import Checkpoint, Workdir, write_atomically, write_json
 
 
@@ -105,12 +105,12 @@ def measure(run: Run, checkpoint: Checkpoint, split: str, novel: int | None = No
     if run.data.part_names:
         examples = run.examples(split)
         part_classes = measures.part_classes(examples, len(run.data.part_names), run.num_classes)
-        size = feature_sizes(inference, tuple(run.config.eval_size))[-1]
+        size = inference.feature_sizes(tuple(run.config.eval_size))[-1]
         batches = measures.with_centroids(batches, examples, size)
     return measures.measures(
         run.pool,
         inference,
-        variables_of(checkpoint.arrays),
+        checkpoint.variables,
         batches,
         prototype_classes=run.classes_of(checkpoint.prototypes),
         part_classes=part_classes,
@@ -136,7 +136,7 @@ def write_predictions(
         return jax.lax.map(one, (output.logits, batch["size"]))
 
     step = run.pool.map(predict)
-    variables = run.pool.replicate(variables_of(checkpoint.arrays))
+    variables = run.pool.replicate(checkpoint.variables)
     source = run.data.source(split)
     examples = run.examples(split)
 

@@ -13,7 +13,6 @@ import protoseg_jax
 from protoseg_jax.data.tiles import Tiled
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import segmentation
-from protoseg_jax.training.run import variables_of
 from protoseg_jax.workdir import write_json
 
 
@@ -48,7 +47,7 @@ def test_importing_the_package_brings_no_jax():
 def test_segments_as_evaluation_does(small_run, model, image):
     checkpoint = small_run.workdir.restore("projection")
     inference = small_run.inference(checkpoint.prototypes)
-    variables = variables_of(checkpoint.arrays)
+    variables = checkpoint.variables
     output = jax.jit(inference)(variables, inference.prepare(image)[None])
     size = image.shape[:2]
     full = np.asarray(segmentation.upsample(output.logits, np.array([size]), size))[0]

@@ -15,7 +15,7 @@ from protoseg_jax.errors import UserError
 from protoseg_jax.models.prototypes import similarity
 from protoseg_jax.training import phases, scoring
 from protoseg_jax.training import run as runs
-from protoseg_jax.training.run import variables_of
+from protoseg_jax.training import start as starts
 from protoseg_jax.workdir import Workdir
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_prototype_is_a_place_in_a_tile(root):
     run = runs.Run(workdir.config(), workdir)
     checkpoint = workdir.restore("finetune_pruned")
     inference = run.inference(checkpoint.prototypes)
-    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]))
+    infer = jax.jit(lambda image: inference(checkpoint.variables, image[None]))
     record = json.loads((workdir.path / "prototypes.json").read_text())["prototypes"]
     tiled, sections = run.examples("train"), run.data.source("train")
     by_id = {sections[n]["image_id"]: sections[n] for n in range(len(sections))}
@@ -94,7 +94,7 @@ def test_predictions_are_stitched_from_tiles(root, flips):
     checkpoint = workdir.restore("finetune_pruned")
     inference = run.inference(checkpoint.prototypes)
     tiled, sections = run.examples("validation"), run.data.source("validation")
-    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]).logits[0])
+    infer = jax.jit(lambda image: inference(checkpoint.variables, image[None]).logits[0])
     expected = np.full((2, SIZE, SIZE), 255, np.uint8)
     hits = 0
     for number, place in enumerate(tiled.places):
@@ -121,13 +121,46 @@ def test_sections_without_labels_are_predicted(root):
     assert np.array(Image.open(out / "test00.png")).shape == (SIZE, SIZE)
 
 
-def test_the_twin(root):
+@pytest.fixture(scope="module")
+def twin(root):
     config = make_config(root)
     config.model.head = "linear"
     runs.train(config, str(root / "twin"))
-    (entry,) = Workdir(root / "twin").summary()
+    return Workdir(root / "twin")
+
+
+def test_the_twin(twin):
+    (entry,) = twin.summary()
     assert (entry["phase"], entry["steps"]) == ("joint", 9) and entry["num_prototypes"] is None
     assert 0 <= entry["f_error"] <= 1
+
+
+def test_a_trained_twin_becomes_a_protoseg(root, twin, capsys):
+    """All of it but the layer that gives the classes; on the same split alone."""
+    config = make_config(root)
+    config.pretrained.path, config.model.prototype_init = str(twin.path), "patches"
+    capsys.readouterr()
+    runs.train(config, str(root / "after"))
+    said = capsys.readouterr().err
+    assert "after its phase joint; new are decoder/out/bias, decoder/out/kernel, the head" in said
+    phases_done = [entry["phase"] for entry in Workdir(root / "after").summary()]
+    assert phases_done[-1] == "finetune_pruned"
+
+    start = starts.initial(runs.Run(config, Workdir(root / "other")))
+    there = twin.restore("joint").arrays["params"]
+    taken = {**start.arrays["params"]["decoder"], "out": None}
+    assert jax.tree.all(jax.tree.map(np.array_equal, taken, {**there["decoder"], "out": None}))
+
+    config.seed = next(s for s in range(1, 9) if drawn(root, s) != drawn(root, 0))
+    with pytest.raises(UserError, match=r"images that run .*twin was trained on validate here"):
+        runs.train(config, str(root / "leak"))
+    assert not (root / "leak").exists()
+
+
+def drawn(root, seed):
+    config = make_config(root)
+    config.seed = seed
+    return builders.from_config(config).drawn
 
 
 def test_tiles_larger_than_the_sections(root):

@@ -29,7 +29,8 @@ from protoseg_jax.models import port_torch
 from protoseg_jax.models.prototypes import similarity
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import scoring
-from protoseg_jax.training.run import Run, variables_of
+from protoseg_jax.training import start as starts
+from protoseg_jax.training.run import Run
 from protoseg_jax.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,7 +135,7 @@ def test_prototypes_are_patches_of_their_class_and_fire_fully_there(finished):
     inference = finished.inference(checkpoint.prototypes)
     source = finished.data.source("train")
     examples = {source[n]["image_id"]: source[n] for n in range(len(source))}
-    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]))
+    infer = jax.jit(lambda image: inference(checkpoint.variables, image[None]))
     assert {p["class"] for p in record["prototypes"]} == {0, 1, 2}
     for j, prototype in enumerate(record["prototypes"]):
         example = examples[prototype["image_id"]]
@@ -174,7 +175,7 @@ def test_bfloat16_is_a_setting_of_the_whole_run(finished, tmp_path):
     leaves = jax.tree.leaves(checkpoint.arrays["params"])
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
     inference, source = run.inference(checkpoint.prototypes), run.data.source("train")
-    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]))
+    infer = jax.jit(lambda image: inference(checkpoint.variables, image[None]))
     for j, prototype in enumerate(checkpoint.prototypes):
         output = infer(inference.prepare(source[prototype["image"]]["image"]))
         fired = float(similarity(output.distances)[0, prototype["row"], prototype["col"], j])
@@ -187,7 +188,7 @@ def test_scores_equal_a_literal_computation(finished):
 
     checkpoint = finished.workdir.restore("finetune_pruned")
     inference = finished.inference(checkpoint.prototypes)
-    infer = jax.jit(lambda image: inference(variables_of(checkpoint.arrays), image[None]).logits[0])
+    infer = jax.jit(lambda image: inference(checkpoint.variables, image[None]).logits[0])
     source, confusion = finished.data.source("validation"), np.zeros((3, 3), np.int64)
     for n in range(len(source)):
         label = source[n]["label"]
@@ -413,7 +414,7 @@ def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_p
     config = ported_config(finished)
     config.pretrained.path = str(authors_file)
     run = Run(config, Workdir(tmp_path / "work"), one_device())
-    runs.settle(config, run.workdir)
+    starts.settle(config, run.workdir)
     assert config.model.stride_in == "1x1"
     start, expected = run.initial(), port_torch.load(authors_file)
     assert same_params(start.arrays["params"], expected.params)
@@ -421,7 +422,7 @@ def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_p
     run.workdir.start(config, {})
     again = ported_config(finished)
     again.pretrained.path = "/nowhere.pth"
-    runs.settle(again, run.workdir)
+    starts.settle(again, run.workdir)
     run.workdir.start(again, {})
     run.workdir.release()
 
@@ -440,13 +441,59 @@ def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_p
     assert "set --config.pretrained.path" in capsys.readouterr().err
 
 
+def test_a_run_starts_from_a_black_box(finished, tmp_path, capsys):
+    """Its backbone is taken; ASPP, whose channels are classes there, and the head are new."""
+    config = ml_collections.ConfigDict(finished.config.to_dict())
+    config.model.head, config.seed = "linear", 1
+    folder = Workdir(tmp_path / "black box")
+    folder.start(config, {})
+    there = Run(config, folder, one_device()).initial()
+    own = ml_collections.ConfigDict(finished.config.to_dict())
+    own.pretrained.path = str(folder.path)
+    with pytest.raises(UserError, match="has not finished a phase yet"):
+        Run(own, Workdir(tmp_path / "work"), one_device()).check()
+    folder.save(dataclasses.replace(there, phase="joint", step=6))
+    folder.wait()
+    folder.release()
+
+    run = Run(own, Workdir(tmp_path / "work"), one_device())
+    run.check()
+    got, random = run.initial(), starts.random(run, starts.classes_at_start(run))
+    assert same_params(got.arrays["params"]["backbone"], there.arrays["params"]["backbone"])
+    assert not same_params(got.arrays["params"]["backbone"], random.arrays["params"]["backbone"])
+    for group in ("aspp", "prototypes", "head"):
+        assert same_params(got.arrays["params"][group], random.arrays["params"][group])
+    assert "after its phase joint; new are aspp/" in capsys.readouterr().err
+
+    own.model.width = 16
+    with pytest.raises(UserError, match=r"backbone/.* of run .* does not fit this config's"):
+        Run(own, Workdir(tmp_path / "work"), one_device()).check()
+    own.model.width, own.pretrained.path = 8, str(tmp_path)
+    with pytest.raises(UserError, match="is a folder that holds no run"):
+        Run(own, Workdir(tmp_path / "work"), one_device()).check()
+
+
+def test_a_run_starts_from_a_prototype_run(finished, tmp_path):
+    """Backbone and ASPP after its last phase; its prototypes stay where they are."""
+    config = ml_collections.ConfigDict(finished.config.to_dict())
+    config.pretrained.path, config.model.prototypes_per_class = str(finished.workdir.path), 5
+    config.model.preprocessing = "auto"
+    starts.settle(config)
+    assert config.model.preprocessing == "imagenet"
+    got = Run(config, Workdir(tmp_path / "work"), one_device()).initial()
+    last = finished.workdir.restore("finetune_pruned")
+    for group in ("backbone", "aspp"):
+        assert same_params(got.arrays["params"][group], last.arrays["params"][group])
+    assert len(got.prototypes) == 5 * finished.num_classes
+
+
 def test_prototypes_may_start_on_training_patches(finished, authors_file, tmp_path):
     config = ml_collections.ConfigDict(finished.config.to_dict())
     config.model.prototype_init = "patches"
     config.model.prototypes_per_class = 40  # some classes are in fewer images
     run = Run(config, Workdir(tmp_path / "work"), one_device())
     start = run.initial()
-    placed = run.on_patches(start)
+    placed = starts.on_patches(run, start)
     same = {**placed.arrays["params"], "prototypes": start.arrays["params"]["prototypes"]}
     assert same_params(same, start.arrays["params"])
     vectors, before = (x.arrays["params"]["prototypes"]["vectors"] for x in (placed, start))
@@ -456,7 +503,7 @@ def test_prototypes_may_start_on_training_patches(finished, authors_file, tmp_pa
     for n in range(len(source)):
         example = source[n]
         image, label = inference.prepare(example["image"]), example["label"]
-        z = np.asarray(inference(variables_of(start.arrays), image[None]).features[0])
+        z = np.asarray(inference(start.variables, image[None]).features[0])
         labels = shrink_labels(label[None], None, z.shape[:2])[0]
         for c in points:
             if (labels == c).any():

@@ -1,0 +1,50 @@
+"""What a person watching a run sees: lines, and a bar with rate, loss and ETA."""
+
+import datetime
+import sys
+import time
+from typing import Any
+
+import tqdm
+
+from protoseg_jax.devices import is_main
+
+
+def say(text: str) -> None:
+    """A line for the person watching, above any progress bar."""
+    if is_main():
+        tqdm.tqdm.write(text, file=sys.stderr)
+
+
+class Progress:
+    """A bar with rate, loss and ETA on a terminal; plain lines elsewhere."""
+
+    def __init__(self, name: str, total: int, done: int, unit: str = "step"):
+        self._plain = not sys.stderr.isatty() or not is_main()
+        self._name, self._total, self.done, self._unit = name, total, done, unit
+        self._start, self._begun, self._said = time.monotonic(), done, 0.0
+        self._bar = tqdm.tqdm(
+            total=total, initial=done, desc=name, unit=unit, disable=self._plain, leave=False
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def update(self, count: int, loss: float | None = None, rate: float | None = None) -> None:
+        """Count done steps or images."""
+        self.done += count
+        if loss is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._plain and (now - self._said > 10 or self.done >= self._total):
+            self._said = now
+            left = (self._total - self.done) * (now - self._start) / (self.done - self._begun)
+            parts = [f"{self._name}: {self._unit} {self.done}/{self._total}"]
+            if loss is not None:
+                parts += [f"loss {loss:.4f}", f"{rate:.1f} images/s"]
+            parts.append(f"{datetime.timedelta(seconds=round(left))} left")
+            say(", ".join(parts))
