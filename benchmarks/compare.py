@@ -6,7 +6,8 @@
 A variant is one `--vary`: settings `key=value` separated by commas (empty: the config as it is),
 optionally behind a name and a colon. `--set` applies to all of them. Each run is `train.py` in a
 folder of its own under --runs; what is finished is not run again, so the command can be stopped and
-repeated. `--only-table` runs nothing.
+repeated. `--flips` also scores each last phase averaged over mirror images. `--only-table` runs
+nothing.
 """
 
 import argparse
@@ -66,12 +67,31 @@ def table(variants: dict[str, list[list[dict]]]) -> list[str]:
             counts = [e["num_prototypes"] for e in entries if e["num_prototypes"] is not None]
             scores = [mean_deviation((e.get(key) for e in entries), none="–") for key, _ in columns]
             prototypes = f"{statistics.mean(counts):.1f}" if counts else "–"
-            took = statistics.mean(e["seconds"] for e in entries)
+            seconds = [e["seconds"] for e in entries if e["seconds"] is not None]
+            took = f"{statistics.mean(seconds):.0f}" if seconds else "–"
             rows.append(
                 f"| {name} | {phase} | {len(entries)} | {prototypes} | {' | '.join(scores)} "
-                f"| {took:.0f} |"
+                f"| {took} |"
             )
     return rows
+
+
+def mirrored(place: pathlib.Path, last: dict, run: bool) -> list[dict]:
+    """The entry of a run's last phase with `eval.py --flips`' scores, if there are any.
+
+    Args:
+      place: the run's folder.
+      last: the phase's entry in its summary.
+      run: whether to score it where that was not done yet.
+    """
+    path = place / "eval" / f"validation-{last['phase']}-flips.json"
+    if run and not path.exists():
+        call("eval.py", f"--workdir={place}", "--flips")
+    if not path.exists():
+        return []
+    scores = json.loads(path.read_text())
+    scores = {key: scores.get(key) for key, _ in COLUMNS}
+    return [{**last, **scores, "phase": f"{last['phase']}, flips", "seconds": None}]
 
 
 def main() -> None:
@@ -83,6 +103,7 @@ def main() -> None:
     parser.add_argument("--runs", type=pathlib.Path, default="runs/compare", help="their folder")
     parser.add_argument("--title", default="Variants side by side")
     parser.add_argument("--out", type=pathlib.Path, help="also write the table to this .md file")
+    parser.add_argument("--flips", action="store_true", help="score with eval.py --flips too")
     parser.add_argument("--only-table", action="store_true", help="of what is finished")
     arguments = parser.parse_args()
 
@@ -98,10 +119,14 @@ def main() -> None:
                 line = [f"--config={arguments.config}", f"--workdir={place}"]
                 call("train.py", *line, f"--config.seed={seed}", *common, *settings)
             if (place / "summary.json").exists():
-                summaries[name].append(json.loads((place / "summary.json").read_text()))
+                summary = json.loads((place / "summary.json").read_text())
+                if arguments.flips:
+                    summary += mirrored(place, summary[-1], not arguments.only_table)
+                summaries[name].append(summary)
 
     told = [f"--config={arguments.config}", f"--seeds={arguments.seeds}"]
     told += [f"--vary={x}" for x in arguments.vary] + [f"--set={x}" for x in arguments.set]
+    told += ["--flips"] if arguments.flips else []
     command = shlex.join(["python", "benchmarks/compare.py", *told])
     lines = [f"# {arguments.title}", "", f"`{command}`, {machine.describe()}", ""]
     lines += [*table(summaries), "", "Validation scores; mean ± sample deviation over the seeds."]
