@@ -251,9 +251,14 @@ def _patch(axis, side: Side, j: int, colour: tuple[int, int, int]) -> None:
     if side.patches[j] is None:
         axis.text(0.5, 0.5, "not a patch yet", ha="center", transform=axis.transAxes, fontsize=7)
         return
-    picture, box = side.patches[j]
+    picture, (top, left, bottom, right) = side.patches[j]
     axis.imshow(picture)
-    axis.add_patch(outline(box, "white"))
+    axis.add_patch(outline([top, left, bottom, right], "white"))
+    # As large as the others' where an image ends near the patch.
+    (y, x), (height, width) = ((top + bottom) / 2, (left + right) / 2), picture.shape[:2]
+    half = max(y, x, height - y, width - x)
+    axis.set(xlim=(x - half - 0.5, x + half - 0.5), ylim=(y + half - 0.5, y - half - 0.5))
+    axis.set_facecolor("0.9")
 
 
 def _label(side: Side, j: int, sides: Sequence[Side]) -> str:
