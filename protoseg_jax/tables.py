@@ -13,10 +13,12 @@ import functools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation.interpretability import MEASURES
+from protoseg_jax.models import port_torch
 from protoseg_jax.workdir import Workdir
 
 NOT_RUN = "not run"
@@ -73,8 +75,11 @@ class Run:
             )
             if value != wanted:
                 found.append(f"{key} is {value}, not {wanted}")
-        if name in ("voc", "cityscapes") and not self.config["pretrained"]["path"]:
+        weights = self.config["pretrained"]["path"]
+        if name in ("voc", "cityscapes") and not weights:
             found.append("no pretrained weights")
+        if weights and Path(weights).suffix not in port_torch.READERS:
+            found.append(f"it started from run {weights}")
         return found
 
     @property

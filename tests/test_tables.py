@@ -74,6 +74,17 @@ def test_figures_are_in_their_places(tmp_path):
     assert cells(text, "ProtoSeg (U-Net)")[1:] == ["76.58", "75.00", "5.40", "5.00"]
 
 
+def test_a_run_that_started_from_another_does_not_stand_beside_the_paper(tmp_path):
+    folder = make_run(tmp_path, "a", "isbi_em", 0.7)
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained"]["path"] = "runs/black.box"
+    path.write_text(json.dumps(config))
+    run = tables.read(folder)
+    assert run.row == ("isbi_em", "other")
+    assert run.deviations == ["it started from run runs/black.box"]
+
+
 def test_a_shortened_run_does_not_stand_beside_the_paper(tmp_path):
     folder = make_run(tmp_path, "smoke", "voc", 0.9, steps=3)
     command = [sys.executable, "-m", "protoseg_jax.tables", folder]

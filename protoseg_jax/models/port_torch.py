@@ -99,13 +99,11 @@ def load(path: str | Path) -> Ported:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist; set pretrained.path to one")
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
-    readers |= dict.fromkeys((".pth", ".pt"), _read_torch)
-    if path.suffix not in readers:
+    if path.suffix not in READERS:
         raise UserError(
-            f"weights file {path} is of an unknown kind; it must be one of {', '.join(readers)}"
+            f"weights file {path} is of an unknown kind; it must be one of {', '.join(READERS)}"
         )
-    found = readers[path.suffix](path)
+    found = READERS[path.suffix](path)
     return found if isinstance(found, Ported) else port(found, path)
 
 
@@ -161,6 +159,15 @@ def _read_npz(path: Path) -> Ported:
             f"weights file {path} is not one of port_torch's ({reason(error)}); make it again "
             "with python -m protoseg_jax.models.port_torch"
         ) from error
+
+
+# By a file's suffix: what reads it.
+READERS: dict[str, Callable[[Path], Tensors | Ported]] = {
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+}
 
 
 def save(ported: Ported, path: str | Path) -> None:

@@ -191,7 +191,8 @@ def with_run(run: "Run", path: str) -> Checkpoint:
             start.arrays[collection][group] = flax.traverse_util.unflatten_dict(
                 {**given, **{key: ours[key] for key in kept}}
             )
-    say(f"starting from {path} after its phase {phase}; new are {', '.join(new + ['the head'])}")
+    new += [] if run.black_box else ["prototypes", "head"]
+    say(f"starting from {path} after its phase {phase}; new: {', '.join(new) or 'nothing'}")
     return start
 
 
@@ -237,7 +238,14 @@ def _other_run(path: str) -> Workdir:
 
 
 def _refuse_leak(run: "Run", other: Workdir, config: ml_collections.ConfigDict) -> None:
-    """Splits drawn at random must agree: what that run learnt from may not be validated on."""
+    """What is to be unseen by this run must not have been seen by that one: a class that is held
+    out; images that validate, where splits are drawn at random."""
+    held_out = run.config.data.get("held_out")
+    if held_out and held_out != config.data.get("held_out"):
+        raise UserError(
+            f"run {other.path} was not trained with data.held_out={held_out}, so its network may "
+            "know that class; name one that was"
+        )
     split = other.path / "split.json"
     if not (run.data.drawn and split.is_file() and config.data.name == run.config.data.name):
         return

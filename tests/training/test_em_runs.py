@@ -142,7 +142,7 @@ def test_a_trained_twin_becomes_a_protoseg(root, twin, capsys):
     capsys.readouterr()
     runs.train(config, str(root / "after"))
     said = capsys.readouterr().err
-    assert "after its phase joint; new are decoder/out/bias, decoder/out/kernel, the head" in said
+    assert "phase joint; new: decoder/out/bias, decoder/out/kernel, prototypes, head" in said
     phases_done = [entry["phase"] for entry in Workdir(root / "after").summary()]
     assert phases_done[-1] == "finetune_pruned"
 

@@ -463,12 +463,15 @@ def test_a_run_starts_from_a_black_box(finished, tmp_path, capsys):
     assert not same_params(got.arrays["params"]["backbone"], random.arrays["params"]["backbone"])
     for group in ("aspp", "prototypes", "head"):
         assert same_params(got.arrays["params"][group], random.arrays["params"][group])
-    assert "after its phase joint; new are aspp/" in capsys.readouterr().err
+    assert "after its phase joint; new: aspp/" in capsys.readouterr().err
 
     own.model.width = 16
     with pytest.raises(UserError, match=r"backbone/.* of run .* does not fit this config's"):
         Run(own, Workdir(tmp_path / "work"), one_device()).check()
-    own.model.width, own.pretrained.path = 8, str(tmp_path)
+    own.model.width, own.data.held_out = 8, "disc"
+    with pytest.raises(UserError, match="so its network may know that class"):
+        Run(own, Workdir(tmp_path / "work"), one_device()).check()
+    own.data.held_out, own.pretrained.path = None, str(tmp_path)
     with pytest.raises(UserError, match="is a folder that holds no run"):
         Run(own, Workdir(tmp_path / "work"), one_device()).check()
 
