@@ -52,13 +52,13 @@ def get_config() -> ConfigDict:
 
     c.phases = ConfigDict()
     rates = {"backbone": 1e-3, "decoder": 1e-3, "prototypes": 1e-2, "head": 0.0}
-    finetune = {"steps": 100, "learning_rates": {"head": 3e-2}, "schedule": "poly"}
+    finetune = {"learning_rates": {"head": 3e-2}, "schedule": "poly"}
     c.phases.warmup = {"steps": 0, "learning_rates": rates, "schedule": "constant"}
-    c.phases.joint = {"steps": 600, "learning_rates": rates, "schedule": "poly"}
+    c.phases.joint = {"steps": 700, "learning_rates": rates, "schedule": "poly"}
     c.phases.projection = {"steps": 1}
-    c.phases.finetune = finetune
+    c.phases.finetune = {"steps": 30, **finetune}
     c.phases.pruning = {"steps": 1}
-    c.phases.finetune_pruned = finetune
+    c.phases.finetune_pruned = {"steps": 70, **finetune}
 
     c.log_every = 10
     c.eval_every = 300
