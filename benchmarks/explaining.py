@@ -138,17 +138,20 @@ def page(folder: pathlib.Path) -> pathlib.Path:
 
 
 def page_rows(folder: pathlib.Path) -> list[str]:
-    """Megabytes and, where there is a browser, seconds until a pixel's numbers are there."""
+    """Megabytes and, where there are browsers, seconds until a pixel's numbers are there."""
     index = page(folder)
     size = sum(p.stat().st_size for p in index.parent.rglob("*") if p.is_file())
     rows = [f"{size / 1e6:.1f} MB for ten 512² images and 210 prototypes."]
-    if browser.find():
+    for kind in (browser.Chromium, browser.Firefox):
+        if not kind.find():
+            rows.append(f"No {kind.name} on this machine.")
+            continue
         took = []
         for _ in range(REPEATS):
-            with browser.Browser() as chromium:
-                took.append(chromium.open(index))
+            with kind() as opened:
+                took.append(opened.open(index))
         times = ", ".join(f"{t:.2f} s" for t in took)
-        rows.append(f"Ready (a pixel's numbers and the layer shown) after {times} in Chromium.")
+        rows.append(f"Ready (a pixel's numbers and the layer shown) after {times} in {kind.name}.")
     return rows
 
 

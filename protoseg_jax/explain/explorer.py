@@ -126,7 +126,7 @@ def write(
             if numbers["step"] > 1:
                 points, step = "×".join(map(str, numbers["points"])), numbers["step"]
                 notes.append(
-                    f"{points} points an image are too many for this page: it has every {step}th "
+                    f"{points} points an image are too many for this page: it has one in {step} "
                     "in each direction, the layers show those, and the cursor moves from one to "
                     "the next. The numbers at them are exact."
                 )

@@ -15,12 +15,7 @@ from protoseg_jax.errors import UserError
 from protoseg_jax.explain import explorer
 from protoseg_jax.workdir import write_json
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        browser.find() is None, reason="no Chromium on this machine (apt-get install chromium)"
-    ),
-]
+pytestmark = pytest.mark.slow
 ROWS = """[...document.querySelectorAll('.evidence li[data-prototype]')].map(
   (li) => [Number(li.dataset.prototype), Number(li.querySelector('data').value)])"""
 SCORES = """Object.fromEntries([...document.querySelectorAll('#scores tr')].map(
@@ -38,101 +33,111 @@ def page(small_run, tmp_path_factory):
     return explaining.explain_run(str(small_run.workdir.path), "validation", [], str(out))
 
 
+def opened(kind):
+    if not kind.find():
+        pytest.skip(f"no {kind.name} on this machine (apt-get install chromium firefox-esr)")
+    return kind()
+
+
 @pytest.fixture(scope="module")
 def chromium():
-    with browser.Browser() as page:
-        yield page
+    with opened(browser.Chromium) as window:
+        yield window
 
 
-def value(chromium, selector):
-    return float(chromium.evaluate(f"document.querySelector('{selector} data').value"))
+@pytest.fixture(scope="module", params=[browser.Chromium, browser.Firefox], ids=lambda k: k.name)
+def window(request):
+    with opened(request.param) as window:
+        yield window
 
 
-def check_pixel(chromium, model, why, row, col, tolerance=1e-4):
+def value(window, selector):
+    return float(window.evaluate(f"document.querySelector('{selector} data').value"))
+
+
+def check_pixel(window, model, why, row, col, tolerance=1e-4):
     """Everything the page says of a pixel is what the API says."""
     pixel, ids = why.at(row, col), [p.index for p in model.prototypes]
     names = model.classes.names
-    where = chromium.evaluate("document.querySelector('#where').textContent")
+    where = window.evaluate("document.querySelector('#where').textContent")
     assert where == f"Row {row}, column {col}: "
-    assert chromium.evaluate("document.querySelector('#label').textContent") == names[pixel.label]
-    for name, score in chromium.evaluate(SCORES).items():
+    assert window.evaluate("document.querySelector('#label').textContent") == names[pixel.label]
+    for name, score in window.evaluate(SCORES).items():
         assert score == pytest.approx(pixel.logits[names.index(name)], abs=tolerance)
-    shown = chromium.evaluate(ROWS)
+    shown = window.evaluate(ROWS)
     assert shown
     for index, part in shown:
         assert part == pytest.approx(pixel.contributions[ids.index(index)], abs=tolerance)
     best = ids[int(pixel.contributions.argmax())]
     assert best in [index for index, _ in shown] or pixel.contributions.max() <= 0
-    assert value(chromium, "#total") == pytest.approx(pixel.logits.max(), abs=tolerance)
-    assert value(chromium, "#lead") == pytest.approx(pixel.margins.sum(), abs=tolerance)
-    assert value(chromium, "#novelty") == pytest.approx(why.novelty[row, col], abs=tolerance)
+    assert value(window, "#total") == pytest.approx(pixel.logits.max(), abs=tolerance)
+    assert value(window, "#lead") == pytest.approx(pixel.margins.sum(), abs=tolerance)
+    assert value(window, "#novelty") == pytest.approx(why.novelty[row, col], abs=tolerance)
 
 
-def test_a_pixel_named_in_the_address(chromium, small_run, model, page):
+def test_a_pixel_named_in_the_address(window, small_run, model, page):
     source = small_run.data.source("validation")
     for number, (row, col) in enumerate([(0, 0), (33, 47)]):
         why = model.explain(source[number]["image"])
-        chromium.open(page, f"image={number}&row={row}&col={col}")
-        check_pixel(chromium, model, why, row, col)
-    assert chromium.problems == []
+        window.open(page, f"image={number}&row={row}&col={col}")
+        check_pixel(window, model, why, row, col)
+    assert window.problems == []
 
 
-def test_a_click_and_the_arrow_keys(chromium, small_run, model, page):
+def test_a_click_and_the_arrow_keys(window, small_run, model, page):
     image = small_run.data.source("validation")[0]["image"]
     why, (height, width) = model.explain(image), image.shape[:2]
-    chromium.open(page)
-    left, top, across, down = chromium.evaluate(
+    window.open(page)
+    left, top, across, down = window.evaluate(
         "(r => [r.left, r.top, r.width, r.height])(document.querySelector('#stage')"
         ".getBoundingClientRect())"
     )
-    chromium.click(left + (21 + 0.5) / width * across, top + (13 + 0.5) / height * down)
-    check_pixel(chromium, model, why, 13, 21)
+    window.click(left + (21 + 0.5) / width * across, top + (13 + 0.5) / height * down)
+    check_pixel(window, model, why, 13, 21)
     for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
-        chromium.press(key)
-    check_pixel(chromium, model, why, 14, 23)
-    chromium.press("ArrowUp", shift=True)
-    check_pixel(chromium, model, why, 4, 23)
+        window.press(key)
+    check_pixel(window, model, why, 14, 23)
+    window.press("ArrowUp", shift=True)
+    check_pixel(window, model, why, 4, 23)
     for _ in range(2):
-        chromium.press("ArrowUp", shift=True)
-    check_pixel(chromium, model, why, 0, 23)
-    assert "row=0&col=23" in chromium.evaluate("location.hash")
-    chromium.press("]")
-    assert "image=1" in chromium.evaluate("location.hash")
+        window.press("ArrowUp", shift=True)
+    check_pixel(window, model, why, 0, 23)
+    assert "row=0&col=23" in window.evaluate("location.hash")
+    window.press("]")
+    assert "image=1" in window.evaluate("location.hash")
 
 
-def test_why_not_shows_the_parts_of_the_margin(chromium, small_run, model, page):
+def test_why_not_shows_the_parts_of_the_margin(window, small_run, model, page):
     why = model.explain(small_run.data.source("validation")[1]["image"])
-    chromium.open(page, "image=1&row=20&col=20")
+    window.open(page, "image=1&row=20&col=20")
     pixel, ids = why.at(20, 20), [p.index for p in model.prototypes]
-    chromium.evaluate("document.querySelectorAll('#question input')[1].click()")
+    window.evaluate("document.querySelectorAll('#question input')[1].click()")
     margins = dict(zip(ids, pixel.margins, strict=True))
-    assert chromium.evaluate(ROWS)
-    for index, part in chromium.evaluate(ROWS):
+    assert window.evaluate(ROWS)
+    for index, part in window.evaluate(ROWS):
         assert part == pytest.approx(margins[index], abs=1e-4)
-    assert value(chromium, "#total") == pytest.approx(pixel.margins.sum(), abs=1e-4)
+    assert value(window, "#total") == pytest.approx(pixel.margins.sum(), abs=1e-4)
 
 
-def test_every_layer_is_painted_and_no_picture_is_missing(chromium, page):
-    chromium.open(page)
+def test_every_layer_is_painted_and_no_picture_is_missing(window, page):
+    window.open(page)
     for key in "123456":
-        chromium.press(key)
-        assert chromium.evaluate("document.querySelector('#overlay').hidden") == (key == "1")
+        window.press(key)
+        assert window.evaluate("document.querySelector('#overlay').hidden") == (key == "1")
     for view in ("prototypes", "mistakes", "image"):
-        chromium.evaluate(f"document.querySelector('[data-view={view}]').click()")
-        chromium.evaluate(
-            "document.querySelectorAll('img').forEach((i) => { i.loading = 'eager'; })"
-        )
-        chromium.wait("[...document.images].every((i) => i.complete && i.naturalWidth)")
-        assert chromium.evaluate("[...document.images].every((i) => i.alt)")
-    assert chromium.problems == []
+        window.evaluate(f"document.querySelector('[data-view={view}]').click()")
+        window.evaluate("document.querySelectorAll('img').forEach((i) => { i.loading = 'eager'; })")
+        window.wait("[...document.images].every((i) => i.complete && i.naturalWidth)")
+        assert window.evaluate("[...document.images].every((i) => i.alt)")
+    assert window.problems == []
 
 
-def test_winning_prototypes_layer_equals_the_api(chromium, small_run, model, page):
+def test_winning_prototypes_layer_equals_the_api(window, small_run, model, page):
     points = model.explain(small_run.data.source("validation")[0]["image"]).parts[0].points
-    chromium.open(page, "image=0&layer=novelty")
-    shown = chromium.evaluate("Array.from(everyPoint(images.get(0)).winner)")
+    window.open(page, "image=0&layer=novelty")
+    shown = window.evaluate("Array.from(everyPoint(images.get(0)).winner)")
     np.testing.assert_array_equal(shown, points.prototype.ravel())
-    shown = chromium.evaluate("Array.from(everyPoint(images.get(0)).novelty)")
+    shown = window.evaluate("Array.from(everyPoint(images.get(0)).novelty)")
     np.testing.assert_allclose(shown, points.novelty.ravel(), atol=1e-5)
 
 
@@ -146,22 +151,22 @@ def test_the_page_fits_a_narrow_window(chromium, page):
         chromium.resize(1280, 900)
 
 
-def test_mistakes_lead_to_the_pixel_and_its_rival(chromium, small_run, model, page):
-    chromium.open(page, "view=mistakes")
+def test_mistakes_lead_to_the_pixel_and_its_rival(window, small_run, model, page):
+    window.open(page, "view=mistakes")
     record = json.loads(
         re.search(r"run\((.*)\);", (page.parent / "data" / "run.js").read_text())[1]
     )
     kind = record["confusions"][0]
     region = kind["regions"][0]
-    chromium.evaluate("document.querySelector('.region .plain').click()")
-    chromium.wait("!!document.querySelector('#total')")
+    window.evaluate("document.querySelector('.region .plain').click()")
+    window.wait("!!document.querySelector('#total')")
     truth = small_run.data.source("validation")[region["image"]]["label"]
     assert truth[region["row"], region["col"]] == kind["truth"]
     why = model.explain(small_run.data.source("validation")[region["image"]]["image"])
     pixel = why.at(region["row"], region["col"])
     assert pixel.label == kind["label"]
     margin = pixel.logits[kind["label"]] - pixel.logits[kind["truth"]]
-    assert value(chromium, "#total") == pytest.approx(margin, abs=1e-4)
+    assert value(window, "#total") == pytest.approx(margin, abs=1e-4)
 
 
 @pytest.mark.parametrize("budget", [1000, 200])
