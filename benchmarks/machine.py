@@ -37,7 +37,8 @@ def describe() -> str:
     devices = jax.local_devices()
     on_cpu = devices[0].platform == "cpu"
     accelerator = "" if on_cpu else f" {len(devices)} × {devices[0].device_kind}."
+    count = f"{cores()} core{'s' if cores() > 1 else ''}"
     return (
-        f"{datetime.date.today()}. CPU: {cpu()}, {cores()} cores.{accelerator} "
+        f"{datetime.date.today()}. CPU: {cpu()}, {count}.{accelerator} "
         f"JAX {jax.__version__}, Python {platform.python_version()}."
     )
