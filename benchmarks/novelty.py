@@ -74,7 +74,7 @@ def main() -> None:
             "| --- | --- | --- | --- |",
             *rows,
             "",
-            "mIoU is over all classes; one held out has 0.",
+            "mIoU is over the classes that the run has labels of: one held out is not among them.",
         ],
         arguments.out,
     )

@@ -451,14 +451,13 @@ def test_a_run_starts_from_a_black_box(finished, tmp_path, capsys):
     own = ml_collections.ConfigDict(finished.config.to_dict())
     own.pretrained.path = str(folder.path)
     with pytest.raises(UserError, match="has not finished a phase yet"):
-        Run(own, Workdir(tmp_path / "work"), one_device()).check()
+        starts.initial(Run(own, Workdir(tmp_path / "work"), one_device()))
     folder.save(dataclasses.replace(there, phase="joint", step=6))
     folder.wait()
     folder.release()
 
     run = Run(own, Workdir(tmp_path / "work"), one_device())
-    run.check()
-    got, random = run.initial(), starts.random(run, starts.classes_at_start(run))
+    got, random = starts.initial(run), starts.random(run, starts.classes_at_start(run))
     assert same_params(got.arrays["params"]["backbone"], there.arrays["params"]["backbone"])
     assert not same_params(got.arrays["params"]["backbone"], random.arrays["params"]["backbone"])
     for group in ("aspp", "prototypes", "head"):
@@ -467,13 +466,13 @@ def test_a_run_starts_from_a_black_box(finished, tmp_path, capsys):
 
     own.model.width = 16
     with pytest.raises(UserError, match=r"backbone/.* of run .* does not fit this config's"):
-        Run(own, Workdir(tmp_path / "work"), one_device()).check()
+        starts.initial(Run(own, Workdir(tmp_path / "work"), one_device()))
     own.model.width, own.data.held_out = 8, "disc"
     with pytest.raises(UserError, match="so its network may know that class"):
-        Run(own, Workdir(tmp_path / "work"), one_device()).check()
+        starts.initial(Run(own, Workdir(tmp_path / "work"), one_device()))
     own.data.held_out, own.pretrained.path = None, str(tmp_path)
     with pytest.raises(UserError, match="is a folder that holds no run"):
-        Run(own, Workdir(tmp_path / "work"), one_device()).check()
+        starts.initial(Run(own, Workdir(tmp_path / "work"), one_device()))
 
 
 def test_a_run_starts_from_a_prototype_run(finished, tmp_path):
