@@ -71,6 +71,11 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
         [f"--config.pretrained.path={ROOT / 'README.md'}"],
         "is of an unknown kind",
     ),
+    "a folder to start from that is no run": (
+        lambda d: None,
+        [f"--config.pretrained.path={ROOT / 'configs'}"],
+        "is a folder that holds no run",
+    ),
     "a mask value outside the classes": (
         lambda d: _mask(d, np.full((40, 56), 77)),
         [],
