@@ -173,24 +173,20 @@ def with_run(run: "Run", path: str) -> Checkpoint:
     for collection, group in itertools.product(("params", "frozen"), (backbone, decoder)):
         ours = _flat(start.arrays[collection].get(group, {}))
         given = _flat(theirs[collection].get(group, {}))
-        kept = {
-            key
-            for key in ours.keys() & given.keys()
-            if ours[key].shape != given[key].shape
-            and group == decoder
-            and ours[key].shape[:-1] == given[key].shape[:-1]
-        }
         for key in sorted(ours.keys() | given.keys()):
-            if key not in kept and np.shape(ours.get(key)) != np.shape(given.get(key)):
+            here, there = np.shape(ours.get(key)), np.shape(given.get(key))
+            if here == there:
+                continue
+            name = f"{group}/{'/'.join(key)}"
+            if not (group == decoder and here and there and here[:-1] == there[:-1]):
                 raise UserError(
-                    f"{group}/{'/'.join(key)} of run {path} does not fit this config's network; "
+                    f"{name} of run {path} does not fit this config's network; "
                     "name a run whose model is the same but for its head"
                 )
-        new += [f"{group}/{'/'.join(key)}" for key in sorted(kept)]
-        if ours:
-            start.arrays[collection][group] = flax.traverse_util.unflatten_dict(
-                {**given, **{key: ours[key] for key in kept}}
-            )
+            given[key] = ours[key]
+            new.append(name)
+        if given:
+            start.arrays[collection][group] = flax.traverse_util.unflatten_dict(given)
     new += [] if run.black_box else ["prototypes", "head"]
     say(f"starting from {path} after its phase {phase}; new: {', '.join(new) or 'nothing'}")
     return start
@@ -234,7 +230,7 @@ def _other_run(path: str) -> Workdir:
             f"pretrained.path={path!r} is a folder that holds no run (no config.json); name one "
             "that train.py wrote, or a weights file"
         )
-    return Workdir.existing(path)
+    return Workdir(path)
 
 
 def _refuse_leak(run: "Run", other: Workdir, config: ml_collections.ConfigDict) -> None:

@@ -27,19 +27,21 @@ _WEBDRIVER_KEYS = {
 }  # fmt: skip
 
 
-def _first(*names: str) -> str | None:
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
 class Page:
-    """One page of a headless browser, without a network; a context manager."""
+    """One page of a headless browser, without a network; a context manager.
+
+    Attributes:
+      name: the browser's.
+      programs: its names on a machine, the preferred one first.
+    """
 
     name: str
+    programs: tuple[str, ...]
 
-    @staticmethod
-    def find() -> str | None:
+    @classmethod
+    def find(cls) -> str | None:
         """The program on this machine."""
-        raise NotImplementedError
+        return next((path for name in cls.programs if (path := shutil.which(name))), None)
 
     def __enter__(self) -> "Page":
         return self
@@ -81,10 +83,7 @@ class Chromium(Page):
     """
 
     name = "Chromium"
-
-    @staticmethod
-    def find() -> str | None:
-        return _first("chromium", "chromium-browser", "google-chrome")
+    programs = ("chromium", "chromium-browser", "google-chrome")
 
     def __init__(self, width: int = 1280, height: int = 900, dark: bool = False):
         self.problems: list[str] = []
@@ -198,10 +197,7 @@ class Firefox(Page):
     """
 
     name = "Firefox"
-
-    @staticmethod
-    def find() -> str | None:
-        return _first("firefox-esr", "firefox")
+    programs = ("firefox-esr", "firefox")
 
     def __init__(self, width: int = 1280, height: int = 900, dark: bool = False):
         self._number, self._buffer = 0, b""
