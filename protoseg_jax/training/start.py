@@ -165,7 +165,8 @@ def with_run(run: "Run", path: str) -> Checkpoint:
     config, model = other.config(), run.config.model
     _refuse_leak(run, other, config)
     phase = other.finished([p.name for p in phases_lib.from_config(config)])[-1]
-    trained = {k: config.model[k] for k in ("stride_in", "preprocessing") if k in config.model}
+    keys = [k for k in ("stride_in", "preprocessing") if k in config.model and k in model]
+    trained = {k: config.model[k] for k in keys}
     _warn_of_others(model, trained, f"run {path} was")
     start, theirs = random(run, classes_at_start(run)), other.restore(phase).arrays
     backbone, decoder = models.groups(model)

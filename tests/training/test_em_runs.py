@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sections import make_stacks
 
-from configs import isbi_em
+from configs import isbi_em, pascal
 from protoseg_jax import inference as inferences
 from protoseg_jax.data import builders
 from protoseg_jax.errors import UserError
@@ -16,7 +16,7 @@ from protoseg_jax.models.prototypes import similarity
 from protoseg_jax.training import phases, scoring
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import start as starts
-from protoseg_jax.workdir import Workdir
+from protoseg_jax.workdir import Checkpoint, Workdir
 
 pytestmark = pytest.mark.slow
 
@@ -181,6 +181,19 @@ def test_weights_of_a_resnet_are_refused(root, tmp_path):
     config.pretrained.path = str(path)
     with pytest.raises(UserError, match="model.backbone is 'unet'"):
         runs.train(config, str(root / "ported"))
+
+
+def test_a_run_of_a_resnet_is_refused(root, tmp_path):
+    other = Workdir(tmp_path / "resnet")
+    other.start(pascal.get_config(), {})
+    other.save(Checkpoint("joint", 1, True, {"params": {"backbone": {"k": np.ones(2)}}}, []))
+    other.wait()
+    other.release()
+    config = make_config(root)
+    starts.settle(config)
+    config.pretrained.path = str(other.path)
+    with pytest.raises(UserError, match="of run .* does not fit this config's network"):
+        starts.initial(runs.Run(config, Workdir(tmp_path / "work")))
 
 
 def test_groups_of_another_network_are_refused(root):
