@@ -226,6 +226,39 @@ class DevicePool:
             yield queue.popleft()
             queue.extend(self.shard(b) for b in itertools.islice(iterator, 1))
 
+    def outputs(
+        self, step: Callable, variables: Any, batches: Iterable[Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        """One pass of step(variables, batch) over a split: each batch and what came out.
+
+        Args:
+          step: to be mapped over the devices.
+          variables: the model's (unreplicated).
+          batches: NumPy trees of this process.
+
+        Yields:
+          (the batch as it came, the step's result, still on the devices: [n, ...]).
+        """
+        step, variables = self.map(step), self.replicate(variables)
+        host, ahead = itertools.tee(batches)
+        for batch, placed in zip(host, self.prefetch(ahead), strict=True):
+            yield batch, step(variables, placed)
+
+    def sum(self, step: Callable, variables: Any, batches: Iterable[Any]) -> Any:
+        """The sum over a pass (`outputs`) of results that `step` has psum'd, in 64 bits.
+
+        Returns:
+          NumPy: integers as int64, floats as float64. All batches are on their way before the first
+          result is fetched.
+        """
+        results = [result for _, result in self.outputs(step, variables, batches)]
+
+        def add(*parts: np.ndarray) -> np.ndarray:
+            whole = np.issubdtype(parts[0].dtype, np.integer)
+            return np.sum(parts, axis=0, dtype=np.int64 if whole else np.float64)
+
+        return jax.tree.map(add, *map(self.first, results))
+
 
 def stack_metrics(metrics: Sequence[dict[str, jax.Array]]) -> dict[str, float]:
     """Means over steps of replicated scalar metrics, fetched in one transfer.

@@ -1,0 +1,111 @@
+"""Every key that a config has, once: its meaning and its default.
+
+The defaults are section 4's recipe for DeepLabv2 with ResNet-101. An experiment in `configs/` is
+what it changes of them. Values that may be absent are placeholders, so that they can be set on the
+command line; groups of phases (`learning_rates`) are data, to which a config adds freely.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+def default() -> ConfigDict:
+    """A config with every key."""
+
+    def text() -> config_dict.FieldReference:
+        return config_dict.placeholder(str)
+
+    c = ConfigDict()
+    c.seed = 0  # of weights, order, augmentation, and splits that are drawn
+    c.batch_size = 10  # global: over all devices and micro-batches
+    c.accumulate = 1  # micro-batches that a device's part of the batch is split into
+    c.compute_dtype = "float32"  # or "bfloat16"; parameters and distances are float32
+    c.crop_size = (321, 321)  # (height, width) of a training crop
+    c.eval_size = (513, 513)  # that every image is brought to, its aspect ignored
+    c.eval_overlap = config_dict.placeholder(int)  # or tiles that overlap so much
+    c.eval_batch_size = 8  # rounded up to the devices
+
+    c.data = ConfigDict()
+    c.data.name = text()  # a file of data/sets, or a dotted path
+    c.data.dir = text()  # the folder with its files
+    c.data.cache = "data_cache"  # the folder of prepared data sets
+    c.data.workers = 0  # worker processes that read training images; 0: threads
+    c.data.train_split = "train"
+    c.data.projection_split = "train"  # where prototypes' patches come from
+    c.data.held_out = text()  # a class to be void, for the novelty test
+    c.data.void = 255  # mask value without a class (data set "folder")
+
+    c.augment = ConfigDict()
+    c.augment.scale = (0.5, 1.5)  # smallest and largest
+    c.augment.turns = False  # by quarters, for images without an up and a down
+    c.augment.elastic = 0.0  # deviation of the displacements, in pixels of the crop; 0: none
+
+    c.model = ConfigDict()
+    c.model.backbone = "resnet"  # or "unet": a file of models, or a dotted path
+    c.model.depth = 101  # layers of the ResNet; halvings of the U-Net
+    c.model.width = 64  # channels of the first stage
+    c.model.norm = "frozen_batch"  # ResNet: or "group", to train from scratch
+    c.model.stride_in = "auto"  # ResNet: "3x3" or "1x1", which convolution strides; as the weights
+    c.model.output_stride = 8  # pixels of an image to a point of its map
+    c.model.aspp_rates = (6, 12, 18, 24)  # ResNet: dilation of each branch
+    c.model.head = "prototypes"  # or "linear": the black-box twin, trained at the same budget
+    c.model.features = 64  # D
+    c.model.prototypes_per_class = 10
+    c.model.prototype_init = "uniform"  # or "patches", random training points
+    c.model.activation = "sigmoid"  # before the prototypes; "none" to compare
+    c.model.similarity = "log"  # eq. 1; "negative_distance" to compare
+    c.model.preprocessing = "auto"  # as the weights; "imagenet", "caffe", or "data": measured
+    c.model.mean = ()  # of preprocessing "data", RGB in 0-255, measured when a run starts
+    c.model.std = ()
+    c.model.msc = ()  # scales of smaller copies of the image: (0.5, 0.75) on Pascal
+    c.model.remat = False  # True: less memory, about a third more work
+
+    c.pretrained = ConfigDict({"path": text()})  # weights of PyTorch, or another run's folder
+
+    c.loss = ConfigDict()
+    c.loss.terms = ("cross_entropy", "diversity", "l1")  # files of losses, or dotted paths
+    c.loss.diversity = 0.25  # λ_J of eq. 7
+    c.loss.diversity_reduction = "present"  # mean over what is present; "all_classes": eq. 6's 1/C
+    c.loss.l1 = 1e-4  # λ_L1 of eq. 8
+    c.loss.class_balance = 0.0  # cross-entropy's weights (median / pixels)^so much
+
+    # Rates at the start by parameter group (without one, or with 0, it is frozen); "poly" decays.
+    new = {"aspp": 2.5e-4, "prototypes": 2.5e-4}
+    finetune = {"steps": 2_000, "learning_rates": {"head": 1e-5}, "schedule": "constant"}
+    c.phases = ConfigDict()
+    # The paper's number; of the released code's 3,000 some 2,000 count.
+    c.phases.warmup = {"steps": 30_000, "learning_rates": new, "schedule": "constant"}
+    c.phases.joint = {
+        "steps": 30_000,
+        "learning_rates": {"backbone": 2.5e-5, **new},
+        "schedule": "poly",
+    }
+    c.phases.projection = {"steps": 1}  # 0 leaves a phase out
+    c.phases.finetune = finetune
+    c.phases.pruning = {"steps": 1}
+    c.phases.finetune_pruned = finetune
+
+    # What eval.py --interpretability measures: files of evaluation, or dotted paths.
+    c.measures = ("utilisation", "sparsity", "faithfulness", "parts", "novelty")
+    c.log_every = 50
+    c.eval_every = 5_000  # validation inside a phase; 0: never
+    c.checkpoint_every = 1_000  # 0: at the end of a phase alone
+    return c
+
+
+# Where a key that a stored config lacks must not take its default.
+_BEFORE = {"model": {"stride_in": "3x3"}}
+
+
+def complete(stored: dict[str, Any]) -> ConfigDict:
+    """A stored config with every key; one that it lacks takes the value that keeps its behaviour.
+
+    That is the default, but for `_BEFORE` and for phases: one that it lacks has no steps.
+    """
+    config = default()
+    absent = {name: {"steps": 0} for name in config.phases if name not in stored["phases"]}
+    config.phases = ConfigDict({**absent, **stored["phases"]})
+    for part in (_BEFORE, {k: v for k, v in stored.items() if k != "phases"}):
+        config.update(ConfigDict(part))
+    return config
