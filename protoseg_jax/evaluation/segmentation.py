@@ -1,17 +1,12 @@
-"""Scores of section 5: mIoU and pixel error from a confusion matrix, the overlap of Table 2.
+"""From logits to labels, and the scores of section 5: mIoU and pixel error by a confusion matrix.
 
 Images of a batch lie at the top left of a common canvas, each with its own (height, width) as
 data: nothing compiles per image.
 """
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
-
-from protoseg_jax.losses import class_table
+from jaxtyping import Array, Float, Int, UInt8
 
 
 def _taps(
@@ -45,8 +40,8 @@ def upsample(
     maps = maps.astype(jnp.float32)
     top, bottom, down = _taps(maps.shape[1], sizes[:, :1], jnp.arange(out[0]))
     left, right, across = _taps(maps.shape[2], sizes[:, 1:], jnp.arange(out[1]))
-    # Columns first, so that the larger second step copies whole rows. Two gathers and a lerp take
-    # 56 ms for 19 maps of 1024 × 2048 on two cores, products with interpolation matrices 350.
+    # Columns first, so that the larger second step copies whole rows. Gathers and lerps, because
+    # products with interpolation matrices were measured slower.
     maps = _lerp(maps, left[:, None, :, None], right[:, None, :, None], across, axis=2)
     return _lerp(maps, top[:, :, None, None], bottom[:, :, None, None], down, axis=1)
 
@@ -73,6 +68,18 @@ def upsample_at(
     return upper * (1 - down) + lower * down
 
 
+def predict(
+    logits: Float[Array, "b h w c"], sizes: Int[Array, "b 2"], out: tuple[int, int]
+) -> UInt8[Array, "b H W"]:
+    """The class of each pixel: logits at each image's own size, then the largest (see `upsample`).
+
+    Args:
+      logits: feature-map resolution.
+      sizes, out: as of `upsample`.
+    """
+    return upsample(logits, sizes, out).argmax(-1).astype(jnp.uint8)
+
+
 def confusion_matrix(
     predictions: Int[Array, "b H W"], labels: Int[Array, "b H W"], num_classes: int
 ) -> Int[Array, "c c"]:
@@ -87,7 +94,7 @@ def confusion_matrix(
     labels = labels.astype(jnp.int32)
     valid = (labels >= 0) & (labels < num_classes)
     cell = jnp.where(valid, labels * num_classes + predictions, num_classes**2)
-    # For integers a CPU's scatter is cheap: 2 ms for 1024 × 2048 pixels, one-hot matmuls 38.
+    # A scatter, which for integers is cheap on a CPU: one-hot matmuls were measured slower.
     counts = jnp.zeros(num_classes**2 + 1, jnp.int32).at[cell.reshape(-1)].add(1)
     return counts[:-1].reshape(num_classes, num_classes)
 
@@ -121,106 +128,3 @@ def scores(confusion: np.ndarray) -> dict:
 
 def _ratio(part: np.int64, whole: np.int64) -> float | None:
     return float(part / whole) if whole else None
-
-
-class OverlapSums(NamedTuple):
-    """Sums over (image, class, pair of same-class prototypes), float32 scalars, for pooling.
-
-    Table 2's overlap is iou / pairs; a follow-up's pooled ratio is intersection / union (pixels).
-    """
-
-    iou: Float[Array, ""]
-    pairs: Float[Array, ""]
-    intersection: Float[Array, ""]
-    union: Float[Array, ""]
-
-
-def _sort_keys(x: Float[Array, "..."]) -> Int[Array, "..."]:
-    """int32 numbers in the order of the floats."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # −0.0 equals 0.0
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def top_twentieth(x: Float[Array, "H W"], inside: Bool[Array, "H W"]) -> Bool[Array, "H W"]:
-    """The pixels at or above a map's 95 % quantile over the pixels inside.
-
-    The (linear) quantile lies between two neighbours in the order, so x ≥ quantile means x ≥ the
-    ⌈0.95 (n − 1)⌉-th smallest value (from 0), which bisection finds without sorting. Equal to
-    `np.quantile` of the map in float64.
-    """
-    last = inside.sum() - 1
-    rank = last - last // 20
-    keys = jnp.where(inside, _sort_keys(x), jnp.iinfo(jnp.int32).max)
-    low = keys.min()
-    high = jnp.where(inside, keys, low).max()
-
-    def halve(bounds):
-        low, high = bounds
-        middle = (low & high) + ((low ^ high) >> 1)  # ⌊mean⌋ without overflow
-        below = (keys <= middle).sum()
-        # With `rank` pixels below, any threshold up to the next value cuts alike: done.
-        above = jnp.where(below == rank, middle + 1, high)
-        return jnp.where(below > rank, low, middle + 1), jnp.where(below > rank, middle, above)
-
-    low, _ = jax.lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, (low, high))
-    return (keys >= low) & inside
-
-
-def overlap_sums(
-    similarities: Float[Array, "b h w m"],
-    labels: Int[Array, "b H W"],
-    sizes: Int[Array, "b 2"],
-    prototype_classes: np.ndarray,
-    num_classes: int,
-) -> OverlapSums:
-    """Overlap of same-class prototypes' activations (Table 2), summed over a batch.
-
-    For each image and each class in its labels: the similarity map of each prototype of the class,
-    brought to label resolution and cut at its own whole-image 95 % quantile; IoU of every pair. The
-    paper's code for this is not released; we follow METHOD.
-
-    Works through images, classes and prototypes one after another, so that only one map and one
-    class's masks are at full size, and passes over classes that are absent.
-
-    Args:
-      similarities: eq. 1, at the feature map's resolution.
-      labels: at full size on the canvas, void outside each image's size.
-      sizes: each image's own (height, width).
-      prototype_classes: [M], static.
-      num_classes: C.
-    """
-    table = class_table(prototype_classes, num_classes)
-    canvas = labels.shape[1:]
-    upper = np.triu(np.ones(2 * table.shape[1:], bool), 1)
-
-    def class_sums(maps: Float[Array, "h w m"], size: Int[Array, "2"], own: Int[Array, "k"]):
-        inside = (jnp.arange(canvas[0]) < size[0])[:, None] & (jnp.arange(canvas[1]) < size[1])
-
-        def active(j):
-            full = upsample(maps[None, :, :, j, None], size[None], canvas)[0, :, :, 0]
-            return top_twentieth(full, inside)
-
-        masks = jax.lax.map(active, jnp.maximum(own, 0)).reshape(len(own), -1).astype(jnp.int8)
-        # Counts in int32 are exact at any size, and on a CPU 4 times as fast as in float32.
-        intersection = jnp.dot(masks, masks.T, preferred_element_type=jnp.int32)
-        area = jnp.diagonal(intersection)
-        union = area[:, None] + area - intersection
-        pairs = (own >= 0) & (own >= 0)[:, None] & upper
-        terms = (intersection / union, pairs, intersection, union)
-        return OverlapSums(*(jnp.where(pairs, x.astype(jnp.float32), 0.0).sum() for x in terms))
-
-    zero = OverlapSums(*[jnp.zeros(())] * 4)
-
-    def image_sums(image):
-        maps, label, size = image
-
-        def add(total, class_and_own):
-            c, own = class_and_own
-            enters = (label == c).any() & ((own >= 0).sum() > 1)
-            sums = jax.lax.cond(enters, lambda: class_sums(maps, size, own), lambda: zero)
-            return jax.tree.map(jnp.add, total, sums), None
-
-        return jax.lax.scan(add, zero, (jnp.arange(num_classes), jnp.asarray(table)))[0]
-
-    per_image = jax.lax.map(image_sums, (similarities, labels, sizes))
-    return jax.tree.map(jnp.sum, per_image)
