@@ -58,6 +58,17 @@ def equal_blocks(num_prototypes: int, num_classes: int) -> Int[np.ndarray, " m"]
     return np.arange(num_prototypes) * num_classes // max(num_prototypes, 1)
 
 
+def class_table(
+    prototype_classes: Int[np.ndarray, " m"], num_classes: int
+) -> Int[np.ndarray, "c k"]:
+    """The prototypes of each class, [C, K_max], −1 where a class has fewer than K_max."""
+    owned = [np.flatnonzero(np.asarray(prototype_classes) == c) for c in range(num_classes)]
+    table = np.full((num_classes, max((len(own) for own in owned), default=0)), -1)
+    for row, own in zip(table, owned, strict=True):
+        row[: len(own)] = own
+    return table
+
+
 def class_connections(
     prototype_classes: Int[np.ndarray, " m"], num_classes: int
 ) -> Float[Array, "m c"]:

@@ -1,17 +1,38 @@
-"""Section 3.3 of the paper: the losses, eqs 2–8, as pure functions.
-
-Sums and counts are kept apart, so that a caller divides by the counts of the global batch and N
-devices compute what one computes. Everything is float32 whatever the inputs' dtype. A label
-outside [0, C) is void and enters nothing.
-"""
+"""The prototype diversity loss, eqs 2–6: same-class prototypes that fire at the same points."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from protoseg_jax.losses import Term, Weights
+from protoseg_jax.models.prototypes import class_table
 
 # TF32 keeps three digits, and eq. 2 is a difference of nearly equal numbers.
 _PRECISION = jax.lax.Precision.HIGHEST
+
+
+def make(config: ConfigDict, classes: np.ndarray, num_classes: int, weights: Weights) -> Term:
+    """λ_J (`config.diversity`) times eq. 6; nothing for the black box.
+
+    By `config.diversity_reduction` "present" takes the mean over the (image, class) pairs present
+    in the global batch, as the released code does per micro-batch; "all_classes" is eq. 6's 1/C.
+    """
+
+    def pairs(labels: Int[Array, "b h w"]) -> Float[Array, ""]:
+        if config.diversity_reduction == "all_classes":
+            return jnp.float32(labels.shape[0] * num_classes)
+        return present(labels, classes, num_classes).sum().astype(jnp.float32)
+
+    return Term(
+        name="diversity",
+        weight=float(config.diversity) if len(classes) else 0.0,
+        count=pairs,
+        total=lambda output, labels: diversity(
+            output.distances, labels, classes, num_classes
+        ).sum(),
+    )
 
 
 def _members(labels: Int[Array, "b h w"], num_classes: int) -> Bool[Array, "b n c"]:
@@ -19,59 +40,7 @@ def _members(labels: Int[Array, "b h w"], num_classes: int) -> Bool[Array, "b n 
     return labels.reshape(labels.shape[0], -1, 1) == jnp.arange(num_classes)
 
 
-def class_weights(pixels: Int[np.ndarray, " c"], power: float) -> Float[np.ndarray, " c"]:
-    """(median / n_c)^power of the pixels n_c of each class, all of them present.
-
-    Power 0 weights all points alike, as the paper does; 1 is median-frequency balancing (Eigen &
-    Fergus 2015), by which every class weighs the same in all.
-    """
-    pixels = np.asarray(pixels, np.float64)
-    return ((np.median(pixels) / pixels) ** power).astype(np.float32)
-
-
-def valid_points(
-    labels: Int[Array, "b h w"], num_classes: int, weights: np.ndarray | None = None
-) -> Float[Array, ""]:
-    """The number (or weight) of the non-void points, the denominator of the cross-entropy."""
-    if weights is not None:
-        return jnp.where(_members(labels, num_classes), jnp.asarray(weights), 0.0).sum()
-    return ((labels >= 0) & (labels < num_classes)).sum().astype(jnp.float32)
-
-
-def cross_entropy_sum(
-    logits: Float[Array, "b h w c"],
-    labels: Int[Array, "b h w"],
-    weights: np.ndarray | None = None,
-) -> Float[Array, ""]:
-    """L_CE of eq. 7, summed over the non-void points; 0 if all points are void.
-
-    The released code takes the mean per micro-batch (NaN if all are void); we sum, and the caller
-    divides by the points of the global batch.
-
-    Args:
-      logits: of each class.
-      labels: Y_Z.
-      weights: [C] of a point by its class; the paper has none.
-    """
-    own = labels[..., None] == jnp.arange(logits.shape[-1])
-    logits = jnp.where(own.any(-1, keepdims=True), logits.astype(jnp.float32), 0.0)
-    # A compare and a sum, not a gather: its gradient is then no scatter.
-    log_p = jnp.where(own, jax.nn.log_softmax(logits), 0.0)
-    if weights is not None:
-        log_p *= jnp.asarray(weights)
-    return -log_p.sum()
-
-
-def class_table(prototype_classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """The prototypes of each class, [C, K_max], −1 where a class has fewer than K_max."""
-    owned = [np.flatnonzero(np.asarray(prototype_classes) == c) for c in range(num_classes)]
-    table = np.full((num_classes, max((len(own) for own in owned), default=0)), -1)
-    for row, own in zip(table, owned, strict=True):
-        row[: len(own)] = own
-    return table
-
-
-def diversity_present(
+def present(
     labels: Int[Array, "b h w"], prototype_classes: np.ndarray, num_classes: int
 ) -> Bool[Array, "b c"]:
     """The (image, class) pairs that enter eq. 6: at least 2 points and at least 2 prototypes."""
@@ -91,8 +60,7 @@ def _own_distances(
     """
     slots = np.where(table >= 0, table, table[:, :1])
     # A mask and a product with a 0/1 matrix, not a gather: the gradient of a gather is a scatter,
-    # which a CPU does one element at a time (88 against 57 ms, forward and backward, for
-    # 10 × 65² points, 19 × 10 prototypes, two cores). HIGHEST leaves the numbers as they are.
+    # which a CPU does one element at a time. HIGHEST leaves the numbers as they are.
     to_slot = (np.arange(distances.shape[-1])[:, None, None] == slots).any(1)
     own = points[..., None] == jnp.asarray(prototype_classes)
     own_distances = jnp.where(own, distances.astype(jnp.float32), 0.0)
@@ -131,11 +99,9 @@ def jeffreys_divergence(
 
     D_J(i, j) = ½ Σ_n (P_ni − P_nj)(L_ni − L_nj) = ½ (G_ii + G_jj − G_ij − G_ji), G = Pᵀ L.
 
-    One matmul (one-hot class ⊗ P)ᵀ L makes every class's G. Measured against it, forward and
-    backward, at 10 × 41² points × 21 classes, 10 × 65² × 19 and 512² × 2, K = 10: a loop over
-    classes takes 1.6–2.3 times as long at the first two; a segment sum of the outer products
-    P_n L_nᵀ is as fast there but some 20 times slower at the third (and contended atomics on a
-    GPU), and one-hot products of those outer products share its K² floats a point.
+    One matmul (one-hot class ⊗ P)ᵀ L makes every class's G. A loop over classes was measured
+    slower, and so was, at 512² points, a segment sum of the outer products P_n L_nᵀ, which takes K²
+    floats a point.
     """
     b, n, k = log_p.shape
     valid = members.any(-1, keepdims=True)
@@ -167,7 +133,7 @@ def diversity(
     prototype_classes: np.ndarray,
     num_classes: int,
 ) -> Float[Array, "b c"]:
-    """L_J(Z, P_c) of eq. 5 for each image and class; 0 where `diversity_present` is false.
+    """L_J(Z, P_c) of eq. 5 for each image and class; 0 where `present` is false.
 
     Its sum over the number of pairs present is eq. 6; the paper divides by C and the released code
     takes means per micro-batch: the caller chooses.
@@ -186,11 +152,5 @@ def diversity(
     distances = distances.reshape(*points.shape, -1)
     own = _own_distances(distances, points, prototype_classes, table)
     divergence = jeffreys_divergence(log_distance_vectors(own, members), members)
-    present = diversity_present(labels, prototype_classes, num_classes)
-    return jnp.where(present, jeffreys_similarity(divergence, pairs), 0.0)
-
-
-def last_layer_l1(w_h: Float[Array, "m c"], prototype_classes: np.ndarray) -> Float[Array, ""]:
-    """The sum of eq. 8: |w_h| over the entries that join a prototype to another class."""
-    other = np.asarray(prototype_classes)[:, None] != np.arange(w_h.shape[1])
-    return jnp.where(other, jnp.abs(w_h.astype(jnp.float32)), 0.0).sum()
+    entering = present(labels, prototype_classes, num_classes)
+    return jnp.where(entering, jeffreys_similarity(divergence, pairs), 0.0)
