@@ -1,0 +1,1 @@
+"""What a run is: its phases, its folder, its checkpoints, its prototypes, what its config says."""
