@@ -1,0 +1,135 @@
+"""What projection and pruning leave to look at: where each prototype comes from and fires."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.patches import Rectangle
+
+from protoseg_jax import images
+from protoseg_jax.files import write_atomically
+from protoseg_jax.models.prototypes import EPSILON
+from protoseg_jax.run.checkpoints import Checkpoint
+from protoseg_jax.run.experiment import Experiment
+from protoseg_jax.run.prototypes import FOLDER, Prototype, write_record
+
+_COLUMNS = 10
+_SOURCE_SIDE, _SOURCE_QUALITY = 1024, 90
+
+
+def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
+    """prototypes.json, the source crops, the source images and one picture a class.
+
+    Args:
+      path: the run's folder.
+      experiment: its examples.
+      checkpoint: of projected prototypes.
+    """
+    names, inference = experiment.labels.names, experiment.inference(checkpoint.prototypes)
+    source = experiment.examples(experiment.config.data.projection_split)
+    folder = path / FOLDER
+    folder.mkdir(exist_ok=True)
+    for old in (*folder.glob("*.png"), *folder.glob("sources/*.jpg")):
+        old.unlink()
+    homes = {}
+    for number in sorted({p.image for p in checkpoint.prototypes}):
+        example = source[number]
+        name = f"{number:06d}_{images.file_name(example['image_id'])}.jpg"
+        shrunk = images.shrink(example["image"], _SOURCE_SIDE)
+        write_atomically(
+            folder / "sources" / name, images.encode(shrunk, ".jpg", quality=_SOURCE_QUALITY)
+        )
+        homes[number] = {"source_file": name, "source_size": example["image"].shape[:2]}
+    prototypes = [dataclasses.replace(p, **homes[p.image]) for p in checkpoint.prototypes]
+    write_record(
+        path,
+        prototypes,
+        phase=checkpoint.phase,
+        eval_size=inference.eval_size,
+        feature_size=inference.feature_size,
+        classes=names,
+    )
+    infer = jax.jit(lambda v, image: inference(v, image[None]).similarities[0])
+    for c, name in enumerate(names):
+        own = [(j, p) for j, p in enumerate(prototypes) if p.class_ == c]
+        if not own:
+            continue
+        pictures = [source[p.image]["image"] for _, p in own]
+        activations = [
+            np.asarray(infer(checkpoint.variables, inference.prepare(image))[..., j])
+            for image, (j, _) in zip(pictures, own, strict=True)
+        ]
+        for image, (_, p) in zip(pictures, own, strict=True):
+            crop, _ = images.crop_with_context(image, p.box)
+            write_atomically(folder / f"{p.index:03d}.png", images.encode(crop))
+        drawn = _class_picture(name, [p for _, p in own], pictures, activations)
+        write_atomically(folder / f"class_{c:02d}_{images.file_name(name)}.png", drawn)
+
+
+def _class_picture(
+    class_name: str,
+    prototypes: Sequence[Prototype],
+    pictures: Sequence[UInt8[np.ndarray, "h w 3"]],
+    activations: Sequence[Float[np.ndarray, "h w"]],
+) -> bytes:
+    """A PNG of one class's prototypes: patch with surroundings, source image, activation over it.
+
+    Args:
+      class_name: shown in the title.
+      prototypes: the class's.
+      pictures: each one's source image.
+      activations: similarity (eq. 1) of each prototype over its source image, at feature-map
+        resolution; drawn on one scale, 0 … log(1/ε).
+    """
+    columns = min(len(prototypes), _COLUMNS)
+    bands = -(-len(prototypes) // columns)
+    figure, axes = plt.subplots(
+        3 * bands,
+        columns,
+        figsize=(1.7 * columns + 0.3, 1.75 * 3 * bands + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for n, (p, image, activation) in enumerate(zip(prototypes, pictures, activations, strict=True)):
+        crop, inner = images.crop_with_context(image, p.box)
+        band, column = divmod(n, columns)
+        patch, source, heat = axes[3 * band : 3 * band + 3, column]
+        patch.imshow(crop, interpolation="nearest")
+        patch.add_patch(outline(inner))
+        patch.set_title(f"prototype {p.index}", fontsize=8)
+        source.imshow(image)
+        source.add_patch(outline(p.box))
+        source.set_title(_short(p.image_id), fontsize=6)
+        heat.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap="gray")
+        size = (image.shape[1], image.shape[0])
+        activation = cv2.resize(activation.astype(np.float32), size)  # bilinear
+        top = np.log(1 / EPSILON)
+        heat.imshow(activation, cmap="viridis", alpha=0.65, vmin=0.0, vmax=top)
+        heat.add_patch(outline(p.box))
+    figure.suptitle(f"{class_name}: patch · source image · activation", fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def outline(box: Sequence[int]) -> Rectangle:
+    """A white frame around a box of pixels, for an axis that shows the image."""
+    top, left, bottom, right = box
+    corner = (left - 0.5, top - 0.5)
+    return Rectangle(corner, right - left, bottom - top, fill=False, edgecolor="white", lw=1.2)
+
+
+def _short(text: str, length: int = 22) -> str:
+    return text if len(text) <= length else "…" + text[1 - length :]
