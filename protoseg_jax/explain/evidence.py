@@ -7,11 +7,19 @@ theirs to the margin of a over b. A pixel's logits are bilinear in those of the 
 """
 
 import flax.struct
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from protoseg_jax.data.labels import VOID
+from protoseg_jax.devices import psum
 from protoseg_jax.evaluation.segmentation import upsample_at
+from protoseg_jax.evaluation.utilisation import wins
+from protoseg_jax.inference import shrink_labels
 from protoseg_jax.models.protoseg import Output
+from protoseg_jax.progress import say
+from protoseg_jax.run.finished import Finished
 
 
 @flax.struct.dataclass
@@ -105,3 +113,29 @@ def explain_pixels(
         contributions=similarities * won,
         margins=similarities * (won - lost),
     )
+
+
+def point_counts(run: Finished, split: str) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+    """(points won, points of its class) of each prototype over a split, int64.
+
+    A point is won by the prototype that contributes most to the class it gets; of its true class's
+    prototypes it belongs to the one that is most similar (Fig. 5).
+    """
+    say(f"counting the points of each prototype in {split}")
+    inference, experiment = run.inference, run.experiment
+
+    def step(variables, batch):
+        output = inference(variables, batch["image"])
+        real = (batch["index"] >= 0)[:, None, None]
+        winners = explain_points(output, variables["params"]["head"]["kernel"]).prototype
+        count = inference.num_prototypes
+        won = jnp.zeros(count + 1, jnp.int32)
+        won = won.at[jnp.where(real, winners, count).reshape(-1)].add(1)[:-1]
+        labels = shrink_labels(batch["label"], batch["size"], output.features.shape[1:3])
+        used = jax.lax.map(
+            lambda x: wins(*x, inference.classes),
+            (output.similarities, jnp.where(real, labels, VOID)),
+        )
+        return psum((won, used.sum(0)))
+
+    return experiment.pool.sum(step, run.checkpoint.variables, experiment.eval_batches(split))

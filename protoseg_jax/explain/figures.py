@@ -1,172 +1,314 @@
-"""Pictures of prototypes: where each comes from and where it fires."""
+"""The paper's figures, as SVG: graphs are vectors, pictures are embedded.
 
-from collections.abc import Sequence
+| figure | shows |
+| --- | --- |
+| fig2 | activation maps of a class's prototypes (columns) over several images (rows) |
+| fig5 | points assigned to each prototype, by class |
+| fig6 | activation maps of a class's prototypes (rows) in one image, runs side by side |
+| fig7 | image, segmentation, truth |
+| fig8 | image, segmentation, winning prototypes of a class in their colours, and their patches |
+
+Each activation map is on its own scale from its lowest to its highest similarity, in viridis;
+colours are Okabe and Ito's where they are ours to choose.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from jaxtyping import Float, UInt8
-from matplotlib.patches import Rectangle
+from jaxtyping import Float, Int, UInt8
+from matplotlib.figure import Figure
 
-from protoseg_jax.data.builders.base import encode_png
-from protoseg_jax.data.label_sets import LabelSet
-from protoseg_jax.workdir import write_atomically
+from protoseg_jax.data.labels import LabelSet, palette
+from protoseg_jax.errors import UserError
+from protoseg_jax.explain.evidence import point_counts
+from protoseg_jax.explain.model import Model, Picture, pictures_at, pictures_of
+from protoseg_jax.files import write_atomically
+from protoseg_jax.images import file_name, resize_image, resize_labels, shrink
+from protoseg_jax.prototypes.pictures import outline
+from protoseg_jax.run.prototypes import Prototype
 
-# Surroundings shown on each side of a patch: cells, and at least this share of the image.
-_CONTEXT_CELLS = 2
-_CONTEXT_SHARE = 1 / 12
-_COLUMNS = 10
-_SOURCE_SIDE = 1024
-
-
-def crop_with_context(
-    image: UInt8[np.ndarray, "h w 3"], box: list[int]
-) -> tuple[np.ndarray, list[int]]:
-    """A patch with its surroundings, and the patch's box inside the crop."""
-    top, left, bottom, right = box
-    dy, dx = _context(box, image.shape[:2])
-    crop = image[max(top - dy, 0) : bottom + dy, max(left - dx, 0) : right + dx]
-    return crop, inner_box(box, image.shape[:2])
+_PROTOTYPES = 4  # of a class, in figures 2, 6 and 8
+_ROWS = 3  # images in figures 2 and 7, and in figure 8
+_SIDE = 400  # pixels of an embedded picture's longer side
+_COLOURS = palette(8)[1:5]
 
 
-def inner_box(box: list[int], size: tuple[int, int]) -> list[int]:
-    """A patch's box inside its crop (`crop_with_context`) of an image of a (height, width)."""
-    top, left, bottom, right = box
-    y, x = (min(n, d) for n, d in zip((top, left), _context(box, size), strict=True))
-    return [y, x, y + bottom - top, x + right - left]
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """An image as one run sees it.
+
+    Attributes:
+      labels: predicted, at the image's size.
+      similarities: eq. 1 at the points.
+      winners: position of the prototype that wins the point of each pixel, at the image's size.
+    """
+
+    labels: UInt8[np.ndarray, "H W"]
+    similarities: Float[np.ndarray, "h w m"]
+    winners: Int[np.ndarray, "H W"]
 
 
-def _context(box: list[int], size: tuple[int, int]) -> tuple[int, int]:
-    """Pixels of surroundings above and below, left and right."""
-    top, left, bottom, right = box
-    least = int(min(size) * _CONTEXT_SHARE)
-    return tuple(max(_CONTEXT_CELLS * n, least) for n in (bottom - top, right - left))
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A run in a figure.
+
+    Attributes:
+      name: the run's.
+      prototypes: the run's.
+      counts: points of its class that each prototype is the most similar one to (Fig. 5).
+      seen: each image.
+      mark: what tells its prototypes from another run's.
+    """
+
+    name: str
+    prototypes: list[Prototype]
+    counts: Int[np.ndarray, " m"]
+    seen: list[Seen]
+    mark: str
+
+    def most_used(self, c: int) -> list[int]:
+        """Positions of a class's prototypes, from the most to the least used."""
+        own = [j for j, p in enumerate(self.prototypes) if p.class_ == c]
+        return sorted(own, key=lambda j: -self.counts[j])
+
+    def title(self, j: int) -> str:
+        return f"prototype {self.prototypes[j].index}{self.mark}"
 
 
-def save_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Write an RGB image as PNG."""
-    write_atomically(path, encode_png(image))
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A figure: the name of its file, and its title."""
+
+    name: str
+    figure: Figure
+    title: str | None = None
+
+    def save(self, folder: Path) -> Path:
+        """Write it as SVG; the file."""
+        if self.title:
+            self.figure.suptitle(self.title, fontsize=9)
+        buffer, path = io.BytesIO(), folder / f"{self.name}.svg"
+        self.figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
+        plt.close(self.figure)
+        write_atomically(path, buffer.getvalue())
+        return path
 
 
-def file_name(text: str) -> str:
-    """Text with all but letters and digits replaced, for a file's name."""
-    return "".join(ch if ch.isalnum() else "_" for ch in text)
-
-
-def source_name(number: int, image_id: str) -> str:
-    """File of a prototype's source image, from its number in the split and its id."""
-    return f"{number:06d}_{file_name(image_id)}.jpg"
-
-
-def save_source(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Write a source image as JPEG, no longer than 1024 pixels."""
-    write_atomically(path, encode_jpeg(shrink(image, _SOURCE_SIDE), 90))
-
-
-def encode_jpeg(image: UInt8[np.ndarray, "h w 3"], quality: int) -> bytes:
-    """RGB as JPEG of a quality in 0–100."""
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-
-
-def shrink(image: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The image with its longer side at most `side` pixels, its aspect kept."""
-    scale = side / max(image.shape[:2])
-    if scale >= 1:
-        return image
-    size = tuple(max(1, round(n * scale)) for n in image.shape[1::-1])
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-
-
-def prototype_colours(
-    prototype_classes: Sequence[int], classes: LabelSet
-) -> list[tuple[int, int, int]]:
-    """A colour of each prototype: shades of its class's, so that lightness tells them apart.
+def draw_figures(
+    workdir: str,
+    split: str,
+    paths: Sequence[str],
+    out: str | None,
+    names: Sequence[str],
+    compare: str | None,
+) -> list[Path]:
+    """Draw some of the paper's figures, a second run beside the first if one is named.
 
     Args:
-      prototype_classes: [M].
-      classes: names and colours.
+      workdir, split, paths: as of `page.explain_run`.
+      out: folder of the figures; None for DIR/figures.
+      names: keys of `FIGURES`.
+      compare: a second run's folder, of the same classes.
+
+    Raises:
+      UserError: as `page.explain_run`; or a figure is unknown, or the runs' classes differ.
     """
-    counts = np.bincount(prototype_classes, minlength=len(classes))
-    seen = np.zeros(len(classes), int)
-    colours = []
-    for c in prototype_classes:
-        base = np.array(classes.colours[c], float)
-        place = (seen[c] + 0.5) / counts[c]  # from dark to light
-        dark, light = 0.35 * base, base + 0.75 * (255 - base)
-        colours.append(tuple(np.rint(dark + place * (light - dark)).astype(int).tolist()))
-        seen[c] += 1
-    return colours
+    unknown = [name for name in names if name not in FIGURES]
+    if unknown:
+        raise UserError(f"figure {', '.join(unknown)} is unknown; there are {', '.join(FIGURES)}")
+    models = [Model(path) for path in (workdir, compare) if path]
+    for model in models:
+        model.require_prototypes()
+    if models[0].classes.names != models[-1].classes.names:
+        raise UserError(f"runs {workdir} and {compare} have different classes; compare like runs")
+    pictures = pictures_at(paths) or pictures_of(models[0].experiment.data, split)
+    titles = [model.workdir.path.name for model in models]
+    if compare and titles[0] == titles[1]:
+        titles[1] += " (2)"
+    sides = []
+    for model, name in zip(models, titles, strict=True):
+        found = (model.explain(picture.image) for picture in pictures)
+        _, counts = point_counts(model, split)
+        seen = [Seen(x.segmentation.labels, x.similarities, x.winning_prototype) for x in found]
+        sides.append(Side(name, model.prototypes, counts, seen, f", {name}" if compare else ""))
+    target = Path(out) if out else models[0].workdir.path / "figures"
+    return [
+        drawn.save(target)
+        for name in dict.fromkeys(names)
+        for drawn in FIGURES[name](pictures, sides, models[0].classes)
+    ]
 
 
-def class_picture(
-    path: Path,
-    class_name: str,
-    prototypes: list[dict[str, Any]],
-    images: list[UInt8[np.ndarray, "h w 3"]],
-    activations: list[Float[np.ndarray, "h w"]],
-) -> None:
-    """One class's prototypes: patch with its surroundings, source image, activation over it.
+def fig2(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+    """A file a class: its prototypes' activations over the images that hold most of it."""
+    for c, name in enumerate(classes.names):
+        rows = [n for n, area in _areas(pictures, sides[0], c)[:_ROWS] if area]
+        columns = [(side, j) for side in sides for j in side.most_used(c)[:_PROTOTYPES]]
+        if not rows or not columns:
+            continue
+        figure, axes = _grid(len(rows), 1 + len(columns), pictures[rows[0]].image)
+        for y, n in enumerate(rows):
+            _show(axes[y, 0], pictures[n].image, "" if y else "image")
+            for axis, (side, j) in zip(axes[y, 1:], columns, strict=True):
+                _heat(axis, pictures[n].image, side, n, j, "" if y else side.title(j))
+        yield Drawn(f"fig2_{file_name(name)}", figure, f"{name}: activation of its prototypes")
 
-    Args:
-      path: PNG to write.
-      class_name: shown in the title.
-      prototypes: entries of prototypes.json ("index", "box", "image_id").
-      images: each prototype's source image.
-      activations: similarity (eq. 1) of each prototype over its source image, at feature-map
-        resolution; drawn on one scale, 0 … log(1/ε).
-    """
-    columns = min(len(prototypes), _COLUMNS)
-    bands = -(-len(prototypes) // columns)
-    figure, axes = plt.subplots(
-        3 * bands,
-        columns,
-        figsize=(1.7 * columns + 0.3, 1.75 * 3 * bands + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
+
+def fig5(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+    """One file: for each class a histogram, prototypes from the most to the least used."""
+    del pictures
+    columns = min(len(classes), 6)
+    rows = -(-len(classes) // columns) * len(sides)
+    figure, axes = _axes(rows, columns, (1.9 * columns + 0.5, 1.5 * rows + 0.6))
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for r, side in enumerate(sides):
+        for c, name in enumerate(classes.names):
+            axis, order = axes[(c // columns) * len(sides) + r, c % columns], side.most_used(c)
+            axis.set_visible(True)
+            shares = side.counts[order] / max(side.counts[order].sum(), 1)
+            axis.bar(range(len(order)), shares, color=_unit(_COLOURS[r]))
+            ids = [str(side.prototypes[j].index) for j in order]
+            axis.set_xticks(range(len(order)), ids, fontsize=6)
+            axis.set_ylim(0, 1)
+            axis.tick_params(axis="y", labelsize=6)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_title(name + side.mark, fontsize=8)
+    figure.supxlabel("prototype", fontsize=9)
+    figure.supylabel("share of the class's points", fontsize=9)
+    yield Drawn("fig5", figure)
+
+
+def fig6(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+    """A file a class: four prototypes (rows) of each run (columns) over one image."""
+    for c, name in enumerate(classes.names):
+        n, area = _areas(pictures, sides[0], c)[0]
+        columns = [side.most_used(c)[:_PROTOTYPES] for side in sides]
+        rows = max(map(len, columns))
+        if not area or not rows:
+            continue
+        figure, axes = _grid(rows, len(sides), pictures[n].image)
+        for x, (side, column) in enumerate(zip(sides, columns, strict=True)):
+            for y, j in enumerate(column):
+                _heat(axes[y, x], pictures[n].image, side, n, j, side.title(j))
+        yield Drawn(f"fig6_{file_name(name)}", figure, f"{name}, {pictures[n].name}")
+
+
+def fig7(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+    """One file: images, segmentations and truth; void is black."""
+    chosen = pictures[:_ROWS]
+    figure, axes = _grid(len(chosen), 2 + len(sides), chosen[0].image)
+    for y, picture in enumerate(chosen):
+        _show(axes[y, 0], picture.image, "" if y else "image")
+        maps = [(x.name if x.mark else "segmentation", x.seen[y].labels) for x in sides]
+        if picture.truth is not None:
+            maps.append(("truth", picture.truth))
+        for axis, (title, labels) in zip(axes[y, 1:], maps, strict=False):
+            _show(axis, classes.paint(labels), "" if y else title, labels=True)
+    present = {c for side in sides for seen in side.seen[:_ROWS] for c in np.unique(seen.labels)}
+    handles = [plt.Rectangle((0, 0), 1, 1, fc=_unit(classes.colours[c])) for c in sorted(present)]
+    names = [classes.names[c] for c in sorted(present)]
+    figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=7, frameon=False)
+    yield Drawn("fig7", figure)
+
+
+def fig8(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+    """A file an image and run: segmentation, and where each of a class's prototypes wins."""
+    for side in sides:
+        owners = np.array([p.class_ for p in side.prototypes])
+        for picture, seen in zip(pictures[:_ROWS], side.seen, strict=False):
+            # The second largest class, the largest being mostly ground; or the only one.
+            pixels = np.bincount(seen.labels.ravel(), minlength=len(classes))
+            c, *rest = np.argsort(-pixels, kind="stable").tolist()
+            c = rest[0] if rest and pixels[rest[0]] else c
+            own = (owners[seen.winners] == c) & (seen.labels == c)
+            winners = np.where(own, seen.winners, -1)
+            won = np.bincount(winners[own], minlength=len(owners))
+            best = [j for j in np.argsort(-won, kind="stable")[:_PROTOTYPES].tolist() if won[j]]
+            grey = cv2.cvtColor(cv2.cvtColor(picture.image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+            coloured = grey.astype(float)
+            for j, colour in zip(best, _COLOURS, strict=False):
+                coloured[winners == j] = 0.35 * coloured[winners == j] + 0.65 * np.array(colour)
+            figure, axes = _grid(1, 3 + len(best), picture.image)
+            _show(axes[0, 0], picture.image, "image")
+            _show(axes[0, 1], classes.paint(seen.labels), "segmentation", labels=True)
+            title = f"prototypes of {classes.names[c]}"
+            _show(axes[0, 2], coloured.astype(np.uint8), title, labels=True)
+            for axis, j, colour in zip(axes[0, 3:], best, _COLOURS, strict=False):
+                _patch(axis, side.prototypes[j], colour)
+            suffix = f"_{file_name(side.name)}" if side.mark else ""
+            yield Drawn(f"fig8_{file_name(picture.name)}{suffix}", figure)
+
+
+FIGURES = {"fig2": fig2, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8}
+
+
+def _areas(pictures: Sequence[Picture], side: Side, c: int) -> list[tuple[int, int]]:
+    """(image, pixels of class c: true ones, where an image is labelled), most first."""
+    maps = [
+        seen.labels if picture.truth is None else picture.truth
+        for picture, seen in zip(pictures, side.seen, strict=True)
+    ]
+    return sorted(((n, int((m == c).sum())) for n, m in enumerate(maps)), key=lambda x: -x[1])
+
+
+def _axes(rows: int, columns: int, size: tuple[float, float]):
+    """A figure of a (width, height) in inches, and its axes [rows columns]."""
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def _grid(rows: int, columns: int, image: np.ndarray):
+    """A figure for pictures as large as `image`, and its axes."""
+    aspect = image.shape[0] / image.shape[1]
+    figure, axes = _axes(rows, columns, (1.9 * columns, 1.9 * aspect * rows + 0.45))
     for axis in axes.flat:
         axis.axis("off")
-    for n, (prototype, image, activation) in enumerate(
-        zip(prototypes, images, activations, strict=True)
-    ):
-        crop, inner = crop_with_context(image, prototype["box"])
-        band, column = divmod(n, columns)
-        patch, source, heat = axes[3 * band : 3 * band + 3, column]
-        patch.imshow(crop, interpolation="nearest")
-        patch.add_patch(outline(inner, "white"))
-        patch.set_title(f"prototype {prototype['index']}", fontsize=8)
-        source.imshow(image)
-        source.add_patch(outline(prototype["box"], "white"))
-        source.set_title(_short(prototype["image_id"]), fontsize=6)
-        heat.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap="gray")
-        size = (image.shape[1], image.shape[0])
-        heat.imshow(
-            cv2.resize(activation.astype(np.float32), size, interpolation=cv2.INTER_LINEAR),
-            cmap="viridis",
-            alpha=0.65,
-            vmin=0.0,
-            vmax=np.log(1e4),
-        )
-        heat.add_patch(outline(prototype["box"], "white"))
-    figure.suptitle(f"{class_name}: patch · source image · activation", fontsize=10)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(path)
+    return figure, axes
 
 
-def outline(box: list[int], colour: str) -> Rectangle:
-    top, left, bottom, right = box
-    return Rectangle(
-        (left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.2
-    )
+def _show(axis, image: UInt8[np.ndarray, "H W 3"], title: str, *, labels: bool = False) -> None:
+    """A picture; label maps are made smaller without mixing colours."""
+    small = shrink(image, _SIDE)
+    if labels:
+        small = resize_labels(image, small.shape[:2])
+    axis.imshow(small, interpolation="nearest" if labels else None)
+    axis.set_title(title, fontsize=7)
 
 
-def _short(text: str, length: int = 22) -> str:
-    return text if len(text) <= length else "…" + text[1 - length :]
+def _heat(axis, image, side: Side, n: int, j: int, title: str) -> None:
+    """Where prototype j fires in image n, over the image."""
+    grey = cv2.cvtColor(shrink(image, _SIDE), cv2.COLOR_RGB2GRAY)
+    heat = side.seen[n].similarities[..., j].astype(np.float32)
+    axis.imshow(grey, cmap="gray")
+    axis.imshow(resize_image(heat, grey.shape), cmap="viridis", alpha=0.65)
+    axis.set_title(title, fontsize=7)
+
+
+def _patch(axis, prototype: Prototype, colour: tuple[int, int, int]) -> None:
+    """A prototype's patch in a frame of a colour."""
+    axis.axis("on")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(f"prototype {prototype.index}", fontsize=7)
+    for spine in axis.spines.values():
+        spine.set(color=_unit(colour), linewidth=4)
+    picture = prototype.patch
+    if picture is None:
+        axis.text(0.5, 0.5, "not a patch yet", ha="center", transform=axis.transAxes, fontsize=7)
+        return
+    top, left, bottom, right = prototype.patch_box
+    axis.imshow(picture)
+    axis.add_patch(outline(prototype.patch_box, "white"))
+    # As large as the others' where an image ends near the patch.
+    (y, x), (height, width) = ((top + bottom) / 2, (left + right) / 2), picture.shape[:2]
+    half = max(y, x, height - y, width - x)
+    axis.set(xlim=(x - half - 0.5, x + half - 0.5), ylim=(y + half - 0.5, y - half - 0.5))
+    axis.set_facecolor("0.9")
+
+
+def _unit(colour: Sequence[int]) -> tuple[float, ...]:
+    return tuple(x / 255 for x in colour)

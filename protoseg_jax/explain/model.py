@@ -1,0 +1,257 @@
+"""For notebooks and programs: a trained run that segments images and says why.
+
+    import protoseg_jax
+    run = protoseg_jax.load("runs/demo")
+    run.segment("street.png").labels                 # [H W], at the image's own size
+    why = run.explain("street.png")
+    pixel = why.at(40, 31)                           # contributions, margins: exact sums
+    run.prototypes[pixel.contributions.argmax()].patch
+
+Needs the run's folder alone, not its data set.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from protoseg_jax import images
+from protoseg_jax.data import tiles
+from protoseg_jax.data.labels import LabelSet
+from protoseg_jax.data.source import SegmentationData
+from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import segmentation
+from protoseg_jax.explain import evidence
+from protoseg_jax.models.protoseg import Output
+from protoseg_jax.run.finished import Finished
+from protoseg_jax.run.prototypes import Prototype
+
+_CANVAS_STEP = 64  # images are upsampled onto canvases of such multiples: few are compiled
+_PICTURES = 10  # of a split, for the page and the figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """Labels and probabilities (softmax of the upsampled logits) at an image's own size."""
+
+    labels: UInt8[np.ndarray, "H W"]
+    probabilities: Float[np.ndarray, "H W c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of an image that the network saw at once: all of it, or one of a run's tiles.
+
+    Attributes:
+      corner: its top left pixel in the image.
+      size: its (height, width) in the image.
+      own: the image's pixels that are decided by it, [top, left, bottom, right].
+      points: evidence at every point of its feature map, NumPy [h w …].
+    """
+
+    corner: tuple[int, int]
+    size: tuple[int, int]
+    own: tuple[int, int, int, int]
+    points: evidence.PointEvidence
+
+    def at_pixels(
+        self,
+        kernel: Float[np.ndarray, "m c"],
+        rows: Int[np.ndarray, " n"],
+        cols: Int[np.ndarray, " n"],
+    ) -> evidence.PixelEvidence:
+        """Evidence at pixels counted from its own corner, as NumPy arrays; `kernel` is w_h."""
+        found = _explain_pixels(
+            self.points.similarities, self.points.logits, kernel, np.array(self.size), rows, cols
+        )
+        return jax.tree.map(np.asarray, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Why every pixel of an image got its label.
+
+    Attributes:
+      image: RGB.
+      prototypes: those of the run; positions in this list number the maps below.
+      kernel: w_h.
+      parts: evidence at every point, one part unless the run works in tiles.
+    """
+
+    image: UInt8[np.ndarray, "H W 3"]
+    prototypes: list[Prototype]
+    kernel: Float[np.ndarray, "m c"]
+    parts: list[Part]
+
+    def at(self, row: int, col: int) -> evidence.PixelEvidence:
+        """Evidence at one pixel: logits [c], similarities, contributions and margins [m].
+
+        Raises:
+          UserError: the pixel is outside the image.
+        """
+        height, width = self.image.shape[:2]
+        if not (0 <= row < height and 0 <= col < width):
+            raise UserError(
+                f"pixel ({row}, {col}) is outside the image of {height}×{width}; rows and columns "
+                "count from 0"
+            )
+        part = next(
+            p for p in self.parts if p.own[0] <= row < p.own[2] and p.own[1] <= col < p.own[3]
+        )
+        place = np.array([row - part.corner[0]]), np.array([col - part.corner[1]])
+        return jax.tree.map(lambda x: x[0], part.at_pixels(self.kernel, *place))
+
+    @functools.cached_property
+    def segmentation(self) -> Segmentation:
+        """What `Model.segment` says of the image, without running the network again."""
+        return _assemble(self.image.shape[:2], self.kernel.shape[1], self.parts)
+
+    @property
+    def winning_prototype(self) -> Int[np.ndarray, "H W"]:
+        """Position of the prototype that wins the point in whose cell each pixel lies."""
+        return self._cells("prototype")
+
+    @property
+    def novelty(self) -> Float[np.ndarray, "H W"]:
+        """Squared distance to the nearest prototype of the point in whose cell each pixel lies."""
+        return self._cells("novelty")
+
+    @property
+    def similarities(self) -> Float[np.ndarray, "h w m"]:
+        """Eq. 1 at every point; of tiles, at the point in whose cell each pixel lies [H W m]."""
+        if len(self.parts) == 1:
+            return self.parts[0].points.similarities
+        return self._cells("similarities")
+
+    def _cells(self, name: str) -> np.ndarray:
+        """One of the points' maps, each pixel with the value of its part's point."""
+        maps = [getattr(part.points, name) for part in self.parts]
+        whole = np.zeros((*self.image.shape[:2], *maps[0].shape[2:]), maps[0].dtype)
+        for part, points in zip(self.parts, maps, strict=True):
+            rows, cols = (
+                (np.arange(part.own[a], part.own[a + 2]) - part.corner[a]) * n // part.size[a]
+                for a, n in enumerate(points.shape[:2])
+            )
+            top, left, bottom, right = part.own
+            whole[top:bottom, left:right] = points[rows[:, None], cols]
+        return whole
+
+
+class Model(Finished):
+    """A finished phase of a run that segments images and says why (see `Finished`).
+
+    Attributes:
+      classes: names and colours.
+    """
+
+    @property
+    def classes(self) -> LabelSet:
+        return self.experiment.labels
+
+    def segment(self, image: images.ImageLike) -> Segmentation:
+        """Labels and probabilities of an image of any size.
+
+        Args:
+          image: a path, a PIL image, or uint8 [h w 3] RGB or [h w] grey.
+
+        Raises:
+          UserError: the image does not decode or is neither RGB nor grey.
+        """
+        image = images.read(image)
+        return _assemble(image.shape[:2], len(self.classes), self._parts(_infer, image))
+
+    def explain(self, image: images.ImageLike) -> Explanation:
+        """Why each pixel of an image of any size gets its label.
+
+        Args:
+          image: see `segment`.
+
+        Raises:
+          UserError: as `segment`; or the run is the black box, which has nothing to explain by.
+        """
+        self.require_prototypes()
+        image = images.read(image)
+        parts = [
+            dataclasses.replace(part, points=jax.tree.map(np.asarray, part.points))
+            for part in self._parts(_explain_points, image)
+        ]
+        return Explanation(image, self.prototypes, self.kernel, parts)
+
+    def _parts(self, look: Callable, image: UInt8[np.ndarray, "H W 3"]) -> Iterator[Part]:
+        """What `look` finds in each part of an image that the network sees at once."""
+        overlap = self.experiment.config.eval_overlap
+        for corner, own, cut in tiles.cuts(image, self.inference.eval_size, overlap):
+            points = look(self.inference, self.checkpoint.variables, self.inference.prepare(cut))
+            yield Part(corner, cut.shape[:2], own, points)
+
+
+load = Model  # protoseg_jax.load
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image with its name and, if it has any, its labels."""
+
+    name: str
+    image: UInt8[np.ndarray, "H W 3"]
+    truth: UInt8[np.ndarray, "H W"] | None
+
+
+def pictures_at(paths: Sequence[str]) -> list[Picture]:
+    """Images from files.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+    return [Picture(Path(path).stem, images.read(path), None) for path in paths]
+
+
+def pictures_of(data: SegmentationData, split: str) -> list[Picture]:
+    """Some of a split's images, evenly chosen.
+
+    Raises:
+      UserError: there is no such split.
+    """
+    source, labelled = data.source(split), data.labelled(split)
+    chosen = np.unique(np.linspace(0, len(source) - 1, _PICTURES).astype(int)).tolist()
+    examples = [source[n] for n in chosen]
+    return [Picture(e["image_id"], e["image"], e["label"] if labelled else None) for e in examples]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _infer(inference, variables, image) -> Output:
+    return jax.tree.map(lambda x: x[0], inference(variables, image[None]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _explain_points(inference, variables, image) -> evidence.PointEvidence:
+    output = inference(variables, image[None])
+    found = evidence.explain_points(output, variables["params"]["head"]["kernel"])
+    return jax.tree.map(lambda x: x[0], found)
+
+
+_explain_pixels = jax.jit(evidence.explain_pixels)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _segment(logits, size, canvas):
+    full = segmentation.upsample(logits[None], size[None], canvas)[0]
+    return segmentation.predict(logits[None], size[None], canvas)[0], jax.nn.softmax(full)
+
+
+def _assemble(shape: tuple[int, int], num_classes: int, parts: Iterable[Part]) -> Segmentation:
+    """The parts' logits → the whole image's segmentation."""
+    labels = np.zeros(shape, np.uint8)
+    probabilities = np.zeros((*shape, num_classes), np.float32)
+    for part in parts:
+        (y, x), (top, left, bottom, right) = part.corner, part.own
+        canvas = tuple(-(-n // _CANVAS_STEP) * _CANVAS_STEP for n in part.size)
+        found = _segment(part.points.logits, np.array(part.size), canvas)
+        inner = slice(top - y, bottom - y), slice(left - x, right - x)
+        labels[top:bottom, left:right] = np.asarray(found[0])[inner]
+        probabilities[top:bottom, left:right] = np.asarray(found[1])[inner]
+    return Segmentation(labels, probabilities)
