@@ -1,11 +1,12 @@
 """The one way from an image to features, similarities and logits at the evaluation size.
 
-Training's validation, projection, pruning, `eval.py`, the explorer and the API all come through
-here, so that a prototype meets at inference the very features it was projected from.
+Training's validation, projection, pruning, evaluation and explanations all come through here, so
+that a prototype meets at inference the very features it was projected from.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Int, UInt8
 
+from protoseg_jax import images as pictures
 from protoseg_jax import models
-from protoseg_jax.data import preprocessing
+from protoseg_jax.models import preprocessing
 from protoseg_jax.models.protoseg import Output
 
 _ROWS, _COLUMNS = 1, 2  # axes of images [b H W 3]
@@ -25,12 +27,15 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """A model with its preprocessing and its one evaluation size; pure functions of variables.
+    """A model with its preprocessing, its classes and its one evaluation size; hashable, and pure
+    functions of variables.
 
     Attributes:
       model: the Flax module.
       preprocessing: bytes → input.
       eval_size: (h, w) that every image is brought to.
+      prototype_classes: c(j) of each prototype; none for the black box.
+      num_classes: C.
       flips: axes along which copies of an image are mirrored, whose class probabilities are
         averaged with its own; features and distances stay the image's.
     """
@@ -38,11 +43,36 @@ class Inference:
     model: nn.Module
     preprocessing: preprocessing.Preprocessing
     eval_size: tuple[int, int]
+    prototype_classes: tuple[int, ...]
+    num_classes: int
     flips: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def num_prototypes(self) -> int:
+        """M."""
+        return len(self.prototype_classes)
+
+    @property
+    def classes(self) -> Int[np.ndarray, " m"]:
+        """`prototype_classes` as an array."""
+        return np.array(self.prototype_classes, np.int64)
+
+    @functools.cached_property
+    def feature_size(self) -> tuple[int, int]:
+        """(h, w) of the feature map at the evaluation size."""
+        return self.feature_sizes(self.eval_size)[-1]
+
+    def feature_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(h, w) of the feature map of each of the model's outputs, for images of a size."""
+        images = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
+        outputs = jax.eval_shape(
+            lambda x: self.model.init_with_output(jax.random.key(0), x, method="outputs")[0], images
+        )
+        return [output.features.shape[1:3] for output in outputs]
 
     def prepare(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
         """An image of any size → bytes at the evaluation size (host)."""
-        return preprocessing.resize_image(image, self.eval_size)
+        return pictures.resize_image(image, self.eval_size)
 
     def __call__(self, variables: Mapping[str, Any], images: UInt8[Array, "b H W 3"]) -> Output:
         """Features, squared distances and logits at the feature map's resolution (device)."""
@@ -62,35 +92,26 @@ class Inference:
         """What training learns from: with MSC every scale's output and the fused one (device)."""
         return self.model.apply(variables, self.preprocessing.normalise(images), method="outputs")
 
-    def feature_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """(h, w) of the feature map of each of the model's outputs, for images of a size."""
-        images = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
-        outputs = jax.eval_shape(
-            lambda x: self.model.init_with_output(jax.random.key(0), x, method="outputs")[0], images
-        )
-        return [output.features.shape[1:3] for output in outputs]
+    def with_flips(self, turns: bool) -> "Inference":
+        """The same with averaging over mirror images: left–right; and top–bottom, and both, where
+        the augmentation turns images (`augment.turns`), so that they have no up and down."""
+        upright = ((_COLUMNS,),)
+        flips = (*upright, (_ROWS,), (_ROWS, _COLUMNS)) if turns else upright
+        return dataclasses.replace(self, flips=flips)
 
 
 def from_config(
-    config: ml_collections.ConfigDict, num_classes: int, num_prototypes: int
+    config: ml_collections.ConfigDict, num_classes: int, prototype_classes: Sequence[int]
 ) -> Inference:
-    """The inference path of a run's config, for a model with `num_prototypes` prototypes."""
+    """The inference path of a run's config, for prototypes of these classes."""
+    dtype = _DTYPES[config.compute_dtype]
     return Inference(
-        model=models.build(
-            config.model, num_classes, num_prototypes, _DTYPES[config.compute_dtype]
-        ),
-        preprocessing=preprocessing.from_config(config),
+        model=models.build(config.model, num_classes, len(prototype_classes), dtype),
+        preprocessing=preprocessing.from_config(config.model),
         eval_size=tuple(config.eval_size),
+        prototype_classes=tuple(int(c) for c in prototype_classes),
+        num_classes=num_classes,
     )
-
-
-def flipped(inference: Inference, config: ml_collections.ConfigDict) -> Inference:
-    """The same with averaging over mirror images: left–right; and top–bottom, and both, where the
-    augmentation turns images, so that they have no up and down."""
-    flips = ((_COLUMNS,),)
-    if config.augment.get("turns", False):
-        flips = (*flips, (_ROWS,), (_ROWS, _COLUMNS))
-    return dataclasses.replace(inference, flips=flips)
 
 
 def shrink_labels(
@@ -108,14 +129,13 @@ def shrink_labels(
     """
     if sizes is None:
         sizes = jnp.broadcast_to(jnp.array(labels.shape[1:], jnp.int32), (labels.shape[0], 2))
-    rows = _centres(sizes[:, 0], feature_size[0])
-    cols = _centres(sizes[:, 1], feature_size[1])
+
+    def centres(axis: int) -> Int[Array, "b n"]:
+        cells = feature_size[axis]
+        return ((2 * jnp.arange(cells) + 1)[None, :] * sizes[:, axis][:, None]) // (2 * cells)
+
     batch = jnp.arange(labels.shape[0])[:, None, None]
-    return labels[batch, rows[:, :, None], cols[:, None, :]].astype(jnp.int32)
-
-
-def _centres(size: Int[Array, " b"], cells: int) -> Int[Array, "b n"]:
-    return ((2 * jnp.arange(cells) + 1)[None, :] * size[:, None]) // (2 * cells)
+    return labels[batch, centres(0)[:, :, None], centres(1)[:, None, :]].astype(jnp.int32)
 
 
 def cell_box(

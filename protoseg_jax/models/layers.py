@@ -53,6 +53,11 @@ class GroupNorm(nn.Module):
         return (normal * scale + bias).astype(self.dtype)
 
 
+def is_kernel(path: tuple[str, ...]) -> bool:
+    """The rule of weight decay that most groups of parameters have: kernels alone."""
+    return path[-1] == "kernel"
+
+
 def convolve(
     x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int, dilation: int
 ) -> Float[Array, "b H W o"]:

@@ -1,17 +1,38 @@
-"""Dilated bottleneck ResNet (He et al. 2016; DeepLab's output stride), the backbone of section 4.
+"""DeepLabv2's network, section 4: a dilated bottleneck ResNet (He et al. 2016), then ASPP.
 
 Submodules are named after torchvision's: `conv1`, `norm1`, `layer2_0.conv1`, `layer2_0.norm1`, …,
 `layer2_0.downsample_conv`, `layer2_0.downsample_norm` (its `layer2.0.conv1`, `layer2.0.bn1`,
 `layer2.0.downsample.0`, `layer2.0.downsample.1`).
+
+`port` takes state dicts of three origins:
+
+* `torchvision`: `layer1.0.conv1.weight`, `layer1.0.bn1.running_var`, … The backbone is taken, `fc`
+  is ignored.
+* `deeplab`: `layer1.conv1.conv.weight`, `layer2.block1.reduce.bn.weight`, … of the PyTorch port of
+  DeepLabv2 (COCO). The backbone is taken, the classifier (`aspp`, `fc`) is ignored.
+* `protoseg`: the same below `features.base.`, with `prototype_vectors` and `last_layer.weight`, of
+  the authors' code. Everything is taken but `ones`.
 """
 
+import re
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from jaxtyping import Array, Float
 
-from protoseg_jax.models.layers import Conv, GroupNorm, max_pool
+from protoseg_jax import models
+from protoseg_jax.errors import UserError
+from protoseg_jax.models import weights
+from protoseg_jax.models.deeplab import ASPP
+from protoseg_jax.models.layers import Conv, GroupNorm, is_kernel, max_pool
+
+GROUPS = {"backbone": is_kernel, "aspp": lambda path: True}
 
 BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -20,7 +41,25 @@ BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 STRIDES = {8: (1, 2, 1, 1), 4: (1, 1, 1, 1)}
 DILATIONS = {8: (1, 1, 2, 4), 4: (1, 2, 4, 8)}
 
-STRIDE_IN = ("3x3", "1x1")
+
+def build(
+    config: ml_collections.ConfigDict, channels: int, dtype: jnp.dtype
+) -> tuple["ResNet", ASPP]:
+    """DeepLabv2 by depth, width, norm, stride_in, output_stride, aspp_rates and remat."""
+    models.require("depth", config.depth, BLOCKS)
+    models.require("norm", config.norm, NORMS)
+    models.require("stride_in", config.stride_in, ("3x3", "1x1"))
+    models.require("output_stride", config.output_stride, STRIDES)
+    backbone = ResNet(
+        depth=config.depth,
+        width=config.width,
+        norm=config.norm,
+        stride_in=config.stride_in,
+        output_stride=config.output_stride,
+        remat=config.remat,
+        dtype=dtype,
+    )
+    return backbone, ASPP(channels, tuple(config.aspp_rates), dtype)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -121,3 +160,138 @@ class ResNet(nn.Module):
                     name=f"layer{stage + 1}_{block}",
                 )(x)
         return x
+
+
+# -- weights of others -------------------------------------------------------------------------
+
+ORIGINS = {
+    "torchvision": weights.Origin("3x3", "imagenet"),
+    "deeplab": weights.Origin("1x1", "caffe"),
+    # Trained by the released code, which feeds ImageNet's RGB whatever it started from.
+    "protoseg": weights.Origin("1x1", "imagenet"),
+}
+_IGNORED = {
+    "torchvision": r"fc\.(weight|bias)",
+    "deeplab": r"(fc|aspp\.c\d)\.(weight|bias)",
+    "protoseg": "ones",
+}
+_DEEPLAB = {
+    "conv1": "reduce",
+    "conv2": "conv3x3",
+    "conv3": "increase",
+    "downsample_conv": "shortcut",
+}
+
+
+def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
+    """A state dict of any known origin in our names.
+
+    Args:
+      tensors: arrays by name, as PyTorch lays them out.
+      where: the file's name, for messages.
+
+    Raises:
+      UserError: the names are of no known origin, or tensors are missing, unexpected or of
+        another shape.
+    """
+    for prefix in ("module.", "features.base.", "features.", "base."):
+        bare = {n.removeprefix(prefix): t for n, t in tensors.items()}
+        if len(bare) < len(tensors):
+            twice = next(n for n in tensors if n.startswith(prefix) and n[len(prefix) :] in tensors)
+            raise UserError(
+                f"weights {where} hold both {twice} and {twice[len(prefix) :]}; leave one of the "
+                "two networks in the file"
+            )
+        tensors = bare
+    if "layer1.0.conv1.weight" in tensors:
+        origin, names, block, first = "torchvision", _torchvision, r"layer{}\.(\d+)\.", 1
+    elif "layer1.conv1.conv.weight" in tensors:
+        origin, names, block, first = "deeplab", _deeplab, r"layer{}\.block(\d+)\.", 2
+        if "prototype_vectors" in tensors:
+            origin = "protoseg"
+    else:
+        some = ", ".join(list(tensors)[: weights.NAMED]) or "none"
+        raise UserError(
+            f"weights {where} are of an unknown network (its tensors: {some}, …); known are "
+            "torchvision's ResNets, the PyTorch DeepLabv2 port and the authors' ProtoSeg"
+        )
+    blocks = tuple(
+        len({m[1] for n in tensors if (m := re.match(block.format(stage), n))})
+        for stage in range(first, first + 4)
+    )
+    depths = {counts: depth for depth, counts in BLOCKS.items()}
+    if blocks not in depths or (origin == "torchvision" and "layer1.0.conv3.weight" not in tensors):
+        raise UserError(
+            f"weights {where} are of a ResNet that is not supported ({blocks} blocks in its "
+            f"stages); use bottleneck ones, of depth {', '.join(map(str, BLOCKS))}"
+        )
+    depth, account = depths[blocks], weights.Account(tensors)
+    stem = tensors.get(names(("conv1",))[0] + ".weight")
+    width = stem.shape[0] if stem is not None and stem.ndim else 64
+    params, frozen = {}, {}
+    for path, shape in _convolutions(depth, width):
+        conv, norm = names(path)
+        params[*path, "kernel"] = account.kernel(f"{conv}.weight", shape)
+        frozen[*path[:-1], path[-1].replace("conv", "norm")] = account.affine(norm, shape[0])
+    params, frozen = ({"backbone": traverse_util.unflatten_dict(x)} for x in (params, frozen))
+    if origin == "protoseg":
+        params |= _protoseg(account, 32 * width)
+    account.settle(where, f"{origin} ResNet-{depth}", _IGNORED[origin])
+    classes = None
+    if origin == "protoseg":
+        classes = weights.prototype_classes(params["head"]["kernel"], where)
+    return weights.Ported(origin, depth, params, frozen, classes)
+
+
+def _convolutions(depth: int, width: int) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Our path and PyTorch's shape (out, in, k, k) of every convolution of a ResNet."""
+    yield ("conv1",), (width, 3, 7, 7)
+    channels = width
+    for stage, blocks in enumerate(BLOCKS[depth]):
+        inner = width * 2**stage
+        for block in range(blocks):
+            name = f"layer{stage + 1}_{block}"
+            if block == 0:
+                yield (name, "downsample_conv"), (4 * inner, channels, 1, 1)
+            yield (name, "conv1"), (inner, channels, 1, 1)
+            yield (name, "conv2"), (inner, inner, 3, 3)
+            yield (name, "conv3"), (4 * inner, inner, 1, 1)
+            channels = 4 * inner
+
+
+def _torchvision(path: tuple[str, ...]) -> tuple[str, str]:
+    """Our module → (convolution, BatchNorm), for the module of a convolution."""
+    if len(path) == 1:
+        return "conv1", "bn1"
+    block, conv = path[0].replace("_", "."), path[1]
+    if conv == "downsample_conv":
+        return f"{block}.downsample.0", f"{block}.downsample.1"
+    return f"{block}.{conv}", f"{block}.{conv.replace('conv', 'bn')}"
+
+
+def _deeplab(path: tuple[str, ...]) -> tuple[str, str]:
+    """As `_torchvision`; DeepLab's layer1 is the stem and its blocks count from 1."""
+    name = "layer1.conv1"
+    if len(path) > 1:
+        stage, block = re.fullmatch(r"layer(\d)_(\d+)", path[0]).groups()
+        name = f"layer{int(stage) + 1}.block{int(block) + 1}.{_DEEPLAB[path[1]]}"
+    return f"{name}.conv", f"{name}.bn"
+
+
+def _protoseg(account: weights.Account, channels: int) -> dict[str, Any]:
+    """The ASPP, the prototypes and the last layer of the authors' ProtoSeg."""
+    vectors = account.take("prototype_vectors", (-1, -1, 1, 1))[:, :, 0, 0]
+    count, features = vectors.shape
+    branches = sorted(n for n in account.tensors if re.fullmatch(r"aspp\.c\d\.weight", n))
+    aspp = {
+        name.split(".")[1]: {
+            "kernel": account.kernel(name, (features, channels, 3, 3)),
+            "bias": account.take(name.replace("weight", "bias"), (features,)),
+        }
+        for name in branches or ["aspp.c0.weight"]
+    }
+    last = account.tensors.get("last_layer.weight")
+    trailing = (1, 1) if last is not None and last.ndim == 4 else ()
+    kernel = account.take("last_layer.weight", (-1, count, *trailing))
+    kernel = np.ascontiguousarray(kernel.reshape(-1, count).T)
+    return {"aspp": aspp, "prototypes": {"vectors": vectors}, "head": {"kernel": kernel}}

@@ -8,10 +8,26 @@ synchronised across devices.
 """
 
 import jax.numpy as jnp
+import ml_collections
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from protoseg_jax.models.layers import Conv, GroupNorm
+from protoseg_jax import models
+from protoseg_jax.models.layers import Conv, GroupNorm, is_kernel
+
+GROUPS = {"backbone": is_kernel, "decoder": is_kernel}
+
+
+def build(
+    config: ml_collections.ConfigDict, channels: int, dtype: jnp.dtype
+) -> tuple["Encoder", "Decoder"]:
+    """U-Net by depth, width, output_stride (1: the map is as large as the image) and remat."""
+    models.require("depth", config.depth, range(1, 7))
+    models.require("output_stride", config.output_stride, [2**n for n in range(config.depth + 1)])
+    return (
+        Encoder(config.depth, config.width, config.remat, dtype),
+        Decoder(channels, config.output_stride, config.remat, dtype),
+    )
 
 
 class DoubleConv(nn.Module):
