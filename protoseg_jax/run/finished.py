@@ -3,6 +3,7 @@
 It needs the run's folder alone; the data set is looked for when `experiment.data` is touched.
 """
 
+import dataclasses
 import functools
 import os
 
@@ -17,29 +18,34 @@ from protoseg_jax.run.prototypes import Prototype, with_pictures
 from protoseg_jax.run.workdir import Workdir
 
 
+@dataclasses.dataclass
 class Finished:
     """A run at the end of a phase.
-
-    Args:
-      path: the folder that train.py wrote.
-      phase: a finished phase; the last one by default.
 
     Attributes:
       workdir, experiment: the run's.
       phase: the phase's name.
       checkpoint: the run at its end.
-
-    Raises:
-      UserError: no run there, the phase is not finished, or its checkpoint is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike, phase: str | None = None):
-        self.workdir = Workdir.existing(path)
-        self.experiment = Experiment(self.workdir.config(), labels=self.workdir.labels())
-        names = [p.name for p in self.experiment.phases]
-        finished = self.workdir.checkpoints.finished(names, phase)
-        self.phase = phase or finished[-1]
-        self.checkpoint: Checkpoint = self.workdir.checkpoints.restore(self.phase)
+    workdir: Workdir
+    experiment: Experiment
+    phase: str
+    checkpoint: Checkpoint
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, phase: str | None = None) -> "Finished":
+        """A phase of the run in a folder that train.py wrote; by default the last finished one.
+
+        Raises:
+          UserError: no run there, the phase is not finished, or its checkpoint is damaged.
+        """
+        workdir = Workdir.existing(path)
+        experiment = Experiment(workdir.config(), labels=workdir.labels())
+        names = [p.name for p in experiment.phases]
+        phase = phase or workdir.checkpoints.finished(names)[-1]
+        workdir.checkpoints.finished(names, phase)
+        return cls(workdir, experiment, phase, workdir.checkpoints.restore(phase))
 
     @functools.cached_property
     def inference(self) -> Inference:
