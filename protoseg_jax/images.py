@@ -1,7 +1,6 @@
 """Pictures as arrays: all decoding, encoding, resizing and cropping of the package."""
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 

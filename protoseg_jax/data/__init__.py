@@ -1,1 +1,1 @@
-"""Data: builders that prepare data sets, augmentation, and batches."""
+"""Data: data sets and their preparation, augmentation, tiles, and batches."""

@@ -4,29 +4,23 @@ A uniform scale s in `scale_range` resizes an image to ⌊h·s⌋ × ⌊w·s⌋ 
 antialiasing, labels nearest); what is smaller than the crop is padded at the bottom and right with
 the mean colour and void; then a random crop, and a horizontal flip half of the time. Where a config
 says so, for images without an up and a down: quarter turns, and elastic deformation.
-
-    python -m protoseg_jax.data.augment --config=configs/demo.py [--sheet=augmented.png]
-
-draws examples of a config: each image at its drawn scale with the crop's box, and what comes out.
 """
 
 import dataclasses
+from typing import Any
 
 import cv2
 import grain.python as grain
 import ml_collections
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
-from protoseg_jax.data import preprocessing
-from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.errors import UserError
-
-Box = tuple[int, int, int, int]
-"""(top, left, height, width)."""
-
+from protoseg_jax.images import Box, pad_and_crop, resize_image, resize_labels
 
 _GRID = 3  # elastic deformation's random displacements, interpolated between them
+_WHITE = (255, 255, 255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +64,8 @@ class Augment(grain.RandomMapTransform):
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         choice = self.choose(element["image"].shape[:2], rng)
-        image = preprocessing.resize_image(element["image"], choice.size)
-        label = preprocessing.resize_labels(element["label"], choice.size)
+        image = resize_image(element["image"], choice.size)
+        label = resize_labels(element["label"], choice.size)
         if choice.displacements is None:
             image = pad_and_crop(image, choice.box, self.padding_colour)
             label = pad_and_crop(label, choice.box, VOID)
@@ -87,21 +81,19 @@ class Augment(grain.RandomMapTransform):
         return {"image": np.ascontiguousarray(image), "label": np.ascontiguousarray(label)}
 
 
-def from_config(config: ml_collections.ConfigDict) -> Augment:
+def from_config(config: ml_collections.ConfigDict, padding_colour: tuple[int, int, int]) -> Augment:
     """The augmentation of a run's config.
 
     Raises:
       UserError: a crop that is not square is to be turned.
     """
-    fill = preprocessing.from_config(config).padding_colour
-    crop, turns = tuple(config.crop_size), config.augment.get("turns", False)
-    if turns and crop[0] != crop[1]:
+    crop, options = tuple(config.crop_size), config.augment
+    if options.turns and crop[0] != crop[1]:
         raise UserError(
             f"crop_size={crop} is not square, so it cannot be turned; set --config.augment.turns="
             "False or a square --config.crop_size"
         )
-    elastic = config.augment.get("elastic", 0.0)
-    return Augment(crop, tuple(config.augment.scale), fill, turns, elastic)
+    return Augment(crop, tuple(options.scale), padding_colour, options.turns, options.elastic)
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -128,25 +120,15 @@ def displaced(
     return cols + smooth[..., 1], rows + smooth[..., 0]
 
 
-def pad_and_crop(array: np.ndarray, box: Box, fill: int | tuple[int, int, int]) -> np.ndarray:
-    """Cut a box out of an array; what lies beyond its bottom or right edge is filled."""
-    top, left, height, width = box
-    cut = array[top : top + height, left : left + width]
-    bottom, right = height - cut.shape[0], width - cut.shape[1]
-    if not (bottom or right):
-        return cut
-    return cv2.copyMakeBorder(cut, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill)
-
-
 def sheet(
-    source, augment: Augment, colours: np.ndarray, *, count: int = 8, seed: int = 0
-) -> np.ndarray:
+    source: Any, augment: Augment, labels: LabelSet, *, count: int = 8, seed: int = 0
+) -> UInt8[np.ndarray, "h w 3"]:
     """Rows of: the scaled image with the crop's box, the crop, its label in colours (RGB).
 
     Args:
       source: random-access examples.
       augment: the augmentation.
-      colours: uint8 [256 3] by label.
+      labels: its classes; void is white.
       count: rows.
       seed: of the draws.
     """
@@ -156,42 +138,17 @@ def sheet(
         choice = augment.choose(example["image"].shape[:2], np.random.default_rng([seed, number]))
         top, left, height, width = choice.box
         room = max(choice.size[0], top + height), max(choice.size[1], left + width)
-        scaled = preprocessing.resize_image(example["image"], choice.size)
-        scaled = pad_and_crop(scaled, (0, 0, *room), (255, 255, 255)).copy()
+        scaled = resize_image(example["image"], choice.size)
+        scaled = pad_and_crop(scaled, (0, 0, *room), _WHITE).copy()
         cv2.rectangle(scaled, (left, top), (left + width - 1, top + height - 1), (255, 0, 0), 2)
         out = augment.random_map(example, np.random.default_rng([seed, number]))
-        parts = [scaled, out["image"], colours[out["label"]]]
+        parts = [scaled, out["image"], labels.paint(out["label"], _WHITE)]
         tall = max(p.shape[0] for p in parts)
         rows.append(
             np.concatenate(
-                [pad_and_crop(p, (0, 0, tall, p.shape[1] + 4), (255, 255, 255)) for p in parts], 1
+                [pad_and_crop(p, (0, 0, tall, p.shape[1] + 4), _WHITE) for p in parts], 1
             )
         )
     wide = max(row.shape[1] for row in rows)
-    rows = [pad_and_crop(row, (0, 0, row.shape[0] + 4, wide), (255, 255, 255)) for row in rows]
+    rows = [pad_and_crop(row, (0, 0, row.shape[0] + 4, wide), _WHITE) for row in rows]
     return np.concatenate(rows)
-
-
-def _main() -> None:
-    from protoseg_jax.data import builders
-
-    config = _CONFIG.value
-    data = builders.from_config(config)
-    colours = np.full((256, 3), 255, np.uint8)
-    colours[: len(data.label_set)] = data.label_set.colours
-    source = data.source(config.data.train_split)
-    if config.model.preprocessing == "data":
-        preprocessing.measure(config.model, source)
-    picture = sheet(source, from_config(config), colours, seed=config.seed)
-    cv2.imwrite(_SHEET.value, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-
-
-if __name__ == "__main__":
-    from absl import flags
-    from ml_collections import config_flags
-
-    from protoseg_jax import errors
-
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
-    _SHEET = flags.DEFINE_string("sheet", "augmented.png", "PNG to write.")
-    errors.run(_main)

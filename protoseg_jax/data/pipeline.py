@@ -9,14 +9,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import cv2
 import grain.python as grain
 import numpy as np
 from absl import flags
 
-from protoseg_jax.data import preprocessing
 from protoseg_jax.data.augment import Augment
-from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.data.labels import VOID
+from protoseg_jax.images import pad_and_crop, resize_image
 
 _THREADS = 2  # reading threads of one process; OpenCV releases the interpreter's lock
 _READ_AHEAD = 8  # batches held ready by a process
@@ -78,25 +77,10 @@ class _ForEvaluation(grain.MapTransform):
     def map(self, element: tuple[int, dict]) -> dict:
         index, example = element
         return {
-            "image": preprocessing.resize_image(example["image"], self.eval_size),
+            "image": resize_image(example["image"], self.eval_size),
             "label": example["label"],
             "index": np.int32(index),
         }
-
-
-class Without:
-    """A source in whose labels a class is void, to hold it out; picklable if the source is."""
-
-    def __init__(self, source: Any, held_out: int):
-        self._source, self._held_out = source, held_out
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self._source[index]
-        label = example["label"]
-        return {**example, "label": np.where(label == self._held_out, VOID, label).astype(np.uint8)}
 
 
 class _Numbered:
@@ -160,15 +144,9 @@ def eval_batches(
 def _collate(examples: list[dict], largest: tuple[int, int] | None) -> dict[str, np.ndarray]:
     sizes = np.array([e["label"].shape for e in examples], np.int32)
     canvas = canvas_size(np.array([largest]) if largest else sizes)
-    labels = [
-        cv2.copyMakeBorder(
-            e["label"], 0, canvas[0] - h, 0, canvas[1] - w, cv2.BORDER_CONSTANT, value=VOID
-        )
-        for e, (h, w) in zip(examples, sizes.tolist(), strict=True)
-    ]
     return {
         "image": np.stack([e["image"] for e in examples]),
-        "label": np.stack(labels),
+        "label": np.stack([pad_and_crop(e["label"], (0, 0, *canvas), VOID) for e in examples]),
         "size": sizes,
         "index": np.array([e["index"] for e in examples], np.int32),
     }

@@ -7,11 +7,14 @@ that sees most of its surroundings, and a prototype's home is a tile and a place
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
-from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.data.labels import VOID
 from protoseg_jax.errors import UserError
 
 
@@ -23,6 +26,11 @@ class Place:
     image: int
     corner: tuple[int, int]
     own: tuple[int, int, int, int]
+
+    def inside(self) -> tuple[slice, slice]:
+        """Rows and columns of its own part within the tile."""
+        (top, left), (y0, x0, y1, x1) = self.corner, self.own
+        return slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -66,23 +74,21 @@ class Tiled:
         self._source, self._size = source, size
         self.places: list[Place] = []
         for number in range(len(source)):
-            shape = source[number]["label"].shape
+            example = source[number]
+            shape = example["label"].shape
             if shape[0] < size[0] or shape[1] < size[1]:
                 raise UserError(
-                    f"image {source[number]['image_id']!r} is {shape[0]}×{shape[1]}, and tiles of "
+                    f"image {example['image_id']!r} is {shape[0]}×{shape[1]}, and tiles of "
                     f"{size[0]}×{size[1]} (height×width) are larger; set a smaller "
                     "--config.eval_size, or leave eval_overlap out to have images resized"
                 )
-            rows, cols = (
-                list(zip(at, own_parts(at, tile, n), strict=True))
-                for n, tile, at in (
-                    (n, tile, starts(n, tile, overlap)) for n, tile in zip(shape, size, strict=True)
-                )
-            )
+            lines = []
+            for length, tile in zip(shape, size, strict=True):
+                at = starts(length, tile, overlap)
+                lines.append(list(zip(at, own_parts(at, tile, length), strict=True)))
             self.places += [
                 Place(number, (top, left), (y[0], x[0], y[1], x[1]))
-                for top, y in rows
-                for left, x in cols
+                for (top, y), (left, x) in itertools.product(*lines)
             ]
 
     def __len__(self) -> int:
@@ -98,11 +104,47 @@ class Tiled:
             raise IndexError(f"tile {index} of {len(self.places)}")
         place = self.places[index]
         example = self._source[place.image]
-        (top, left), (height, width) = place.corner, self._size
-        window = slice(top, top + height), slice(left, left + width)
+        window = tuple(slice(a, a + n) for a, n in zip(place.corner, self._size, strict=True))
         cut = {k: v[window] if isinstance(v, np.ndarray) else v for k, v in example.items()}
         label = np.full_like(cut["label"], VOID)
-        y0, x0, y1, x1 = place.own
-        own = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
-        label[own] = cut["label"][own]
+        label[place.inside()] = cut["label"][place.inside()]
         return {**cut, "label": label}
+
+    def stitch(
+        self, labels: Iterable[tuple[int, UInt8[np.ndarray, "h w"]]]
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "H W"]]]:
+        """(tile's number, labels), in order → (image's number, labels) of each tile's own part."""
+        for image, group in itertools.groupby(labels, lambda found: self.places[found[0]].image):
+            parts = [(self.places[index], label) for index, label in group]
+            whole = np.zeros(parts[-1][0].own[2:], np.uint8)  # the last ends at the far corner
+            for place, label in parts:
+                y0, x0, y1, x1 = place.own
+                whole[y0:y1, x0:x1] = label[place.inside()]
+            yield image, whole
+
+
+def cuts(
+    image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int], overlap: int | None
+) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int], UInt8[np.ndarray, "h w 3"]]]:
+    """(corner, own part, pixels) of what the network sees of an image: all of it, or its tiles.
+
+    Args:
+      image: RGB.
+      size, overlap: of tiles (see `Tiled`); without an overlap there is one cut, the image.
+
+    Raises:
+      UserError: as `Tiled`.
+    """
+    if overlap is None:
+        yield (0, 0), (0, 0, *image.shape[:2]), image
+        return
+    example = {"image_id": "image", "image": image, "label": np.zeros(image.shape[:2], np.uint8)}
+    tiles = Tiled([example], size, overlap)
+    for number, place in enumerate(tiles.places):
+        yield place.corner, place.own, tiles[number]["image"]
+
+
+def moved(box: Sequence[int], corner: tuple[int, int]) -> list[int]:
+    """A box within a tile, [top, left, bottom, right], in the image's pixels."""
+    (y, x), (top, left, bottom, right) = corner, box
+    return [top + y, left + x, bottom + y, right + x]

@@ -1,0 +1,74 @@
+"""Class names and colours of a data set, and the number that means "no label"."""
+
+import colorsys
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+
+VOID = 255
+"""Label of a pixel without a class, on the host and on the device."""
+
+Colour = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSet:
+    """Names and display colours (RGB, 0-255) of classes 0..C-1."""
+
+    names: tuple[str, ...]
+    colours: tuple[Colour, ...]
+
+    def __post_init__(self):
+        if len(self.names) != len(self.colours):
+            raise ValueError(f"{len(self.names)} names but {len(self.colours)} colours")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def paint(
+        self, labels: UInt8[np.ndarray, "h w"], void: Colour = (0, 0, 0)
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """Labels in the colours of their classes (RGB), void in its own."""
+        table = np.full((VOID + 1, 3), void, np.uint8)
+        table[: len(self)] = self.colours
+        return table[labels]
+
+
+# Okabe and Ito's eight, told apart by most colour-blind people, the background's black first.
+_OKABE_ITO: tuple[Colour, ...] = (
+    (0, 0, 0),
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
+_GOLDEN = 0.618033988749895  # successive hues this far apart never crowd
+
+
+def palette(size: int) -> tuple[Colour, ...]:
+    """`size` different colours: Okabe and Ito's first, then hues that also differ in lightness.
+
+    More than eight classes cannot all be told apart by hue alone without full colour vision, so
+    neighbours in the continuation alternate between light and dark.
+    """
+    colours = list(_OKABE_ITO[:size])
+    step = 0
+    while len(colours) < size:
+        lightness = (0.35, 0.75, 0.55)[step % 3]
+        saturation = 0.9 - 0.15 * (step // 3 % 3)
+        rgb = colorsys.hls_to_rgb(step * _GOLDEN % 1.0, lightness, saturation)
+        colour = tuple(round(255 * v) for v in rgb)
+        if colour not in colours:
+            colours.append(colour)
+        step += 1
+    return tuple(colours)
+
+
+def generic(names: Sequence[str]) -> LabelSet:
+    """A label set in the generic palette."""
+    return LabelSet(tuple(names), palette(len(names)))

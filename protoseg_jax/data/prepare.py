@@ -1,0 +1,366 @@
+"""From a data set's files to its prepared folder, once.
+
+A data set is one file (of `data/sets`, or anyone's): `open(config)` says what its splits hold and
+how an example is read, LABELS its classes where they are known beforehand, and `submission` how its
+benchmark wants predictions. All are prepared by one TFDS builder, as the ArrayRecord folder
+`CACHE/NAME-FINGERPRINT/NAME/VERSION/`. A stored example is {"image_id": text, "image": encoded
+bytes, as found unless the data set says so, "label": 8-bit grey PNG with void 255, "parts": (where
+there are parts) 8-bit grey PNG}. Encoded bytes, because an array given to TFDS's Image feature
+makes it import TensorFlow, which this project does not need.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from jaxtyping import UInt8
+
+from protoseg_jax import extensions, files, images
+from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.data.source import SegmentationData
+from protoseg_jax.errors import UserError
+from protoseg_jax.progress import Progress
+
+_FORMAT = 1  # part of every fingerprint; raise it when what is stored changes
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example on its way into the cache."""
+
+    image_id: str
+    image: bytes  # encoded
+    label: UInt8[np.ndarray, "h w"]  # classes and VOID
+    parts: UInt8[np.ndarray, "h w"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """What a data set holds, before it is prepared.
+
+    Attributes:
+      name: of the prepared folder.
+      labels: its classes.
+      splits: items by split, in order; whatever `example` wants.
+      example: (split, item) → its example. Raises UserError: a file is missing, does not decode, or
+        does not fit.
+      source: all that decides the examples, for the fingerprint (by `repr`).
+      part_names: names of the part labels, where examples have such.
+      drawn: names of the images by split, where the split is drawn at random.
+    """
+
+    name: str
+    labels: LabelSet
+    splits: Mapping[str, Sequence[Any]]
+    example: Callable[[str, Any], Example]
+    source: Iterable[Any]
+    part_names: tuple[str, ...] | None = None
+    drawn: dict[str, list[str]] | None = None
+
+
+def open_data(config: ml_collections.ConfigDict) -> SegmentationData:
+    """The data set of a run's config, prepared in the cache on first use.
+
+    Raises:
+      UserError: unknown name, or data that is missing or wrong.
+    """
+    module = _module(config)
+    submission = getattr(module, "submission", _label_png)
+    return prepare(module.open(config), config.data.cache, submission)
+
+
+def labels_of(config: ml_collections.ConfigDict) -> LabelSet:
+    """The classes of a run's data set, which need not be prepared; see `open_data`."""
+    module = _module(config)
+    return module.LABELS if hasattr(module, "LABELS") else module.open(config).labels
+
+
+def _module(config: ml_collections.ConfigDict) -> types.ModuleType:
+    return extensions.find("data.name", config.data.name, "data.sets", needs=("open",))
+
+
+def _label_png(split: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> tuple[str, bytes]:
+    """Predictions of a data set without a format of its own: class numbers as 8-bit grey."""
+    del split
+    return f"{image_id}.png", images.palette_png(labels)
+
+
+# -- preparing ---------------------------------------------------------------------------------
+
+
+def prepare(
+    dataset: DataSet, cache: str | os.PathLike, submission: Callable = _label_png
+) -> SegmentationData:
+    """A data set, prepared in the folder `cache` unless it is there; a lock keeps processes apart.
+
+    TFDS writes into a folder of another name and renames it last, so what an interrupted
+    preparation leaves is never taken for finished; the next one removes it.
+
+    Raises:
+      UserError: from `DataSet.example`, and nothing is left behind; or the cache cannot be written.
+    """
+    root = Path(cache).expanduser() / f"{dataset.name}-{fingerprint(dataset.source)}"
+    builder = _Builder(dataset, root)
+    if not builder.data_path.exists():
+        with _lock(root.parent):
+            if builder.data_path.exists():  # another process has prepared it meanwhile
+                builder.info.read_from_directory(builder.data_dir)
+            else:
+                _write(builder, root)
+    return SegmentationData(
+        name=dataset.name,
+        labels=dataset.labels,
+        part_names=dataset.part_names,
+        drawn=dataset.drawn,
+        splits={split: builder.info.splits[split].num_examples for split in dataset.splits},
+        folder=os.fspath(builder.data_dir),
+        metadata=builder.info.metadata,
+        submission=submission,
+    )
+
+
+def _write(builder: "_Builder", root: Path) -> None:
+    shutil.rmtree(root, ignore_errors=True)
+    print(f"preparing {builder.name} …", file=sys.stderr, flush=True)
+    try:
+        with _quiet():
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            )
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The TFDS builder of a data set, in a folder named after a fingerprint of its source.
+
+    TFDS keys its cache by name alone: without the fingerprint a second or changed folder would
+    silently get the first one's images.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, dataset: DataSet, root: Path):
+        self.name, self._dataset = dataset.name, dataset
+        super().__init__(data_dir=root, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        grey = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
+        features = {
+            "image_id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": grey,
+            **({"parts": grey} if self._dataset.part_names else {}),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{self.name}, for semantic segmentation; void is {VOID}.",
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(class_pixels={}, label_size={}),
+            disable_shuffling=True,  # the source's order; training shuffles by its own seed
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(split) for split in self._dataset.splits}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        pixels, size = np.zeros(256, np.int64), np.zeros(2, np.int64)
+        items = self._dataset.splits[split]
+        with Progress(f"preparing {self.name} {split}", len(items), 0, "image") as progress:
+            for number, item in enumerate(items):
+                example = self._dataset.example(split, item)
+                pixels += np.bincount(example.label.ravel(), minlength=256)
+                size = np.maximum(size, example.label.shape)
+                record = {"image_id": example.image_id, "image": example.image}
+                for name in ("label", "parts"):
+                    if (labels := getattr(example, name)) is not None:
+                        record[name] = images.encode(labels)
+                yield number, record
+                progress.update(1)
+        # TFDS writes the metadata when all splits are done.
+        self.info.metadata["class_pixels"][split] = pixels[: len(self._dataset.labels)].tolist()
+        self.info.metadata["label_size"][split] = size.tolist()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the cache's lock, which the system releases even when the process is killed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = files.hold(folder / ".lock", wait=True)
+    except OSError as error:
+        raise UserError(
+            f"data cache {folder} cannot be written ({error.strerror}); "
+            f"set data.cache to a folder of yours"
+        ) from error
+    with file:
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, announcements or warnings of TFDS."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def fingerprint(source: Iterable[Any]) -> str:
+    """Sixteen hex digits that change when any item (by its `repr`) changes."""
+    digest = hashlib.sha256(f"format {_FORMAT}\n".encode())
+    for item in source:
+        digest.update(repr(item).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def file_stamp(path: Path) -> tuple[str, int, int] | Path:
+    """What a fingerprint keeps of a file: path, size in bytes, time of change in ns.
+
+    Of one that is not there, the path alone.
+    """
+    if not path.exists():
+        return path
+    status = path.stat()
+    return os.fspath(path), status.st_size, status.st_mtime_ns
+
+
+# -- pairs of image and mask files -------------------------------------------------------------
+
+
+def data_folder(config: ml_collections.ConfigDict, layout: str) -> Path:
+    """The folder `data.dir`, absolute; `layout` says what it must hold.
+
+    Raises:
+      UserError: it is not set, does not exist, or is empty.
+    """
+    if not config.data.dir:
+        raise UserError(
+            f"data set {config.data.name!r} needs its folder; set --config.data.dir=PATH"
+        )
+    root = Path(config.data.dir).expanduser().absolute()
+    return require_folder(root, config.data.name, layout)
+
+
+def require_folder(path: Path, name: str, layout: str) -> Path:
+    """A folder of a data set, which must exist and not be empty.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not path.is_dir():
+        raise UserError(f"{name}: folder {path} does not exist; data.dir must hold {layout}")
+    if not any(path.iterdir()):
+        raise UserError(f"{name}: folder {path} is empty; data.dir must hold {layout}")
+    return path
+
+
+def images_in(folder: Path) -> dict[str, Path]:
+    """Image files of a folder by stem, sorted.
+
+    Raises:
+      UserError: two images share a stem.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _IMAGE_SUFFIXES:
+            if path.stem in found:
+                raise UserError(
+                    f"{found[path.stem]} and {path} have the same name; remove one of them"
+                )
+            found[path.stem] = path
+    return found
+
+
+def lines_in(path: Path) -> list[str]:
+    """Lines of a text file, stripped, without the empty ones."""
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+
+
+def decode_image(data: bytes, where: object) -> UInt8[np.ndarray, "h w 3"]:
+    """An encoded image as RGB; `where` names it in messages.
+
+    Raises:
+      UserError: it does not decode.
+    """
+    try:
+        return images.decode(data)
+    except ValueError as error:
+        raise UserError(f"image {where} does not decode; replace the file") from error
+
+
+def read_pair(
+    stem: str, image: Path, mask: Path | None, values: Mapping[int, int], classes: int
+) -> Example:
+    """An image with its mask, checked.
+
+    Args:
+      stem: becomes the image's id.
+      image: PNG or JPEG.
+      mask: indexed or grey PNG; None for an image without labels, all of which is void.
+      values: mask values that do not stand for themselves, e.g. {11: VOID}.
+      classes: C; after `values`, a mask holds 0 … C−1 and VOID.
+
+    Raises:
+      UserError: a file is missing, does not decode, has another size, or a strange value.
+    """
+    if mask and not mask.is_file():
+        raise UserError(f"image {image} has no mask {mask}; add it or remove the image")
+    data = image.read_bytes()
+    size = decode_image(data, image).shape[:2]
+    if not mask:
+        return Example(stem, data, np.full(size, VOID, np.uint8))
+    raw = images.decode_mask(mask.read_bytes(), mask)
+    if raw.shape != size:
+        raise UserError(
+            f"image {image} is {size[0]}×{size[1]} but its mask {mask} is "
+            f"{raw.shape[0]}×{raw.shape[1]} (height×width); make them equal"
+        )
+    table = np.full(256, 254, np.uint8)
+    table[:classes] = np.arange(classes)
+    for value, label in values.items():
+        table[value] = label
+    label = table[raw]
+    if (label == 254).any():
+        value = int(raw[label == 254][0])
+        raise UserError(
+            f"mask {mask} holds the value {value}, which is neither a class (0–{classes - 1}) nor "
+            f"void ({', '.join(str(v) for v, to in values.items() if to == VOID)}); "
+            "correct the mask, the classes or data.void"
+        )
+    return Example(stem, data, label)
+
+
+def draw_split(names: Sequence[Any], seed: int, one_in: int) -> dict[str, list[Any]]:
+    """A seeded split into train and validation, in the order of the names.
+
+    Args:
+      names: at least two.
+      seed: of the draw.
+      one_in: one in so many is held out, rounded down, at least one.
+    """
+    order = np.random.default_rng(seed).permutation(len(names))
+    held_out = max(1, len(names) // one_in)
+    return {
+        "train": [names[n] for n in sorted(order[held_out:])],
+        "validation": [names[n] for n in sorted(order[:held_out])],
+    }

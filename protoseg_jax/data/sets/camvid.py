@@ -1,0 +1,53 @@
+"""`camvid`: CamVid in the SegNet layout.
+
+`train/`, `trainannot/`, `val/`, `valannot/` and optionally `test/`, `testannot/`: images as PNG or
+JPEG, masks as 8-bit PNG of the same stem with ids 0–10 and 11 for void.
+"""
+
+import ml_collections
+
+from protoseg_jax.data import prepare
+from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.errors import UserError
+
+_CLASSES = {
+    "sky": (128, 128, 128),
+    "building": (128, 0, 0),
+    "pole": (192, 192, 128),
+    "road": (128, 64, 128),
+    "pavement": (60, 40, 222),
+    "tree": (128, 128, 0),
+    "sign": (192, 128, 128),
+    "fence": (64, 64, 128),
+    "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
+}
+LABELS = LabelSet(tuple(_CLASSES), tuple(_CLASSES.values()))
+_FOLDERS = {"train": "train", "validation": "val", "test": "test"}
+_LAYOUT = "train/, trainannot/, val/ and valannot/ (the SegNet layout)"
+
+
+def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
+    """The pairs of each split by name.
+
+    Raises:
+      UserError: the layout is not there.
+    """
+    root = prepare.data_folder(config, _LAYOUT)
+    splits = {}
+    for split, folder in _FOLDERS.items():
+        if split == "test" and not (root / folder).exists():
+            continue
+        images = prepare.images_in(prepare.require_folder(root / folder, "camvid", _LAYOUT))
+        if not images:
+            raise UserError(f"camvid: no .png or .jpg images in {root / folder}; add them")
+        masks = prepare.require_folder(root / f"{folder}annot", "camvid", _LAYOUT)
+        splits[split] = [(stem, path, masks / f"{stem}.png") for stem, path in images.items()]
+    return prepare.DataSet(
+        name="camvid",
+        labels=LABELS,
+        splits=splits,
+        example=lambda _, pair: prepare.read_pair(*pair, {11: VOID}, len(LABELS)),
+        source=[prepare.file_stamp(p) for of in splits.values() for _, *pair in of for p in pair],
+    )

@@ -1,0 +1,83 @@
+"""`folder`: anyone's own data.
+
+```
+images/      PNG or JPEG, any sizes
+masks/       indexed or grey 8-bit PNG of the same stem: class numbers and the void value
+classes.txt  one class name a line, number 0 first
+train.txt, validation.txt, test.txt   optional: one stem a line
+```
+
+Without `train.txt` and `validation.txt` a seeded fifth of the images is held out for validation.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import ml_collections
+
+from protoseg_jax.data import prepare
+from protoseg_jax.data.labels import VOID, generic
+from protoseg_jax.errors import UserError
+
+_LAYOUT = "images/, masks/ and classes.txt"
+_ONE_IN = 5  # images is held out
+
+
+def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
+    """The pairs of each split, in the order of its list; `data.void` is their "no label".
+
+    Raises:
+      UserError: the layout is not there, a list names an absent image, a class is named twice.
+    """
+    root = prepare.data_folder(config, _LAYOUT)
+    masks = prepare.require_folder(root / "masks", "folder", _LAYOUT)
+    images = prepare.images_in(prepare.require_folder(root / "images", "folder", _LAYOUT))
+    labels, void = generic(_class_names(root / "classes.txt")), int(config.data.void)
+    splits, drawn = _listed(root, images), None
+    if not splits:
+        if len(images) < 2:
+            raise UserError(
+                f"folder: {len(images)} image(s) in images/; at least 2 are needed to hold one out"
+            )
+        drawn = prepare.draw_split(list(images), config.seed, _ONE_IN)
+        splits = drawn = {split: sorted(stems) for split, stems in drawn.items()}
+
+    def example(_: str, stem: str) -> prepare.Example:
+        mask = masks / f"{stem}.png"
+        return prepare.read_pair(stem, images[stem], mask, {void: VOID}, len(labels))
+
+    paths = [*images.values(), *(masks / f"{stem}.png" for stem in images)]
+    source = [*map(prepare.file_stamp, paths), labels.names, void, splits]
+    return prepare.DataSet("folder", labels, splits, example, source, drawn=drawn)
+
+
+def _listed(root: Path, images: Collection[str]) -> dict[str, list[str]]:
+    """The stems of each split by the lists, none without any."""
+    lists = {n: root / f"{n}.txt" for n in ("train", "validation", "test")}
+    present = {name: path for name, path in lists.items() if path.is_file()}
+    for name in ("train", "validation") if present else ():
+        if name not in present:
+            raise UserError(
+                f"folder: {lists[name]} is missing beside {next(iter(present.values())).name}; "
+                "write both train.txt and validation.txt, or none for a seeded split"
+            )
+    splits = {}
+    for name, path in present.items():
+        splits[name] = prepare.lines_in(path)
+        if not splits[name]:
+            raise UserError(f"folder: {path} lists no image; write one name a line")
+        for stem in splits[name]:
+            if stem not in images:
+                raise UserError(
+                    f"folder: {path} names {stem!r}, but images/ has no {stem}.png or .jpg"
+                )
+    return splits
+
+
+def _class_names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"folder: {path} is missing; write one class name a line, class 0 first")
+    names = prepare.lines_in(path)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UserError(f"folder: {path} must name at least two classes, each once")
+    return names

@@ -1,0 +1,163 @@
+"""`isbi_em`: sections of the EM segmentation challenge (ISBI 2012), Table 4's data.
+
+Either the official stacks,
+
+```
+train-volume.tif  train-labels.tif   30 sections each
+test-volume.tif                      optional; becomes the split `test`, without labels
+```
+
+or one PNG a section, of the same name in both folders:
+
+```
+image/  label/
+```
+
+Images are grey; labels are 0 (membrane) and 255 or 1 (inside). The challenge keeps the labels of
+its test sections, so a seeded third of the labelled ones is held out for validation (of 30 sections
+10, as in section 5); which, is written into a run's folder.
+"""
+
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from jaxtyping import UInt8
+
+from protoseg_jax import images
+from protoseg_jax.data import prepare
+from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.errors import UserError
+
+# Light and dark as in the sections: membranes dark.
+LABELS = LabelSet(("membrane", "inside"), ((0, 114, 178), (240, 228, 66)))
+_LAYOUT = "train-volume.tif and train-labels.tif, or image/ and label/ with a PNG a section"
+_ONE_IN = 3  # sections is held out
+
+Page = tuple[Path, int]
+"""A file and the number of the page in it."""
+
+Section = tuple[str, Page, Page | None]
+"""A section's name, its image and its label."""
+
+
+def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
+    """The sections of each split, in their order in the volume.
+
+    Raises:
+      UserError: the layout is not there, or images and labels are not equally many.
+    """
+    root = prepare.data_folder(config, _LAYOUT)
+    stacks = (root / "train-volume.tif").is_file()
+    sections, used = _stacks(root) if stacks else _folders(root)
+    if len(sections) < 2:
+        raise UserError(
+            f"isbi_em: {root} holds {len(sections)} section(s); at least 2 are needed to hold "
+            "one out"
+        )
+    splits = prepare.draw_split(sections, config.seed, _ONE_IN)
+    drawn = {split: [name for name, *_ in of] for split, of in splits.items()}
+    test = root / "test-volume.tif"
+    if test.is_file():
+        count = images.count_pages(test)
+        splits["test"] = [(f"test{n:02d}", (test, n), None) for n in range(count)]
+        used.append(test)
+    source = [*map(prepare.file_stamp, used), drawn]
+    return prepare.DataSet("isbi_em", LABELS, splits, _example, source, drawn=drawn)
+
+
+def _example(_: str, section: Section) -> prepare.Example:
+    name, image, label = section
+    grey = _grey(image)
+    inside = np.full(grey.shape, VOID, np.uint8) if label is None else _inside(label)
+    if inside.shape != grey.shape:
+        raise UserError(
+            f"{_where(image)} is {grey.shape[0]}×{grey.shape[1]} but {_where(label)} is "
+            f"{inside.shape[0]}×{inside.shape[1]} (height×width); make them equal"
+        )
+    return prepare.Example(name, images.encode(grey), inside)
+
+
+def _stacks(root: Path) -> tuple[list[Section], list[Path]]:
+    """(sections, files) of the official stacks."""
+    volume, labels = root / "train-volume.tif", root / "train-labels.tif"
+    if not labels.is_file():
+        raise UserError(f"isbi_em: {labels} is missing beside {volume.name}; add it")
+    counts = images.count_pages(volume), images.count_pages(labels)
+    if counts[0] != counts[1]:
+        raise UserError(
+            f"isbi_em: {volume} holds {counts[0]} sections but {labels.name} {counts[1]}; "
+            "they must be equally many"
+        )
+    sections = [(f"{n:02d}", (volume, n), (labels, n)) for n in range(counts[0])]
+    return sections, [volume, labels]
+
+
+def _folders(root: Path) -> tuple[list[Section], list[Path]]:
+    """As `_stacks`, of one PNG a section."""
+    pictures, labels = (
+        prepare.images_in(prepare.require_folder(root / name, "isbi_em", _LAYOUT))
+        for name in ("image", "label")
+    )
+    for stem in pictures.keys() ^ labels.keys():
+        there, missing = ("label", "image") if stem in labels else ("image", "label")
+        raise UserError(
+            f"isbi_em: section {stem!r} of {root} has a file in {there}/ but none in {missing}/; "
+            "add it or remove the other"
+        )
+    stems = sorted(pictures, key=lambda stem: (len(stem), stem))  # 2 before 10
+    sections = [(stem, (pictures[stem], 0), (labels[stem], 0)) for stem in stems]
+    return sections, [*pictures.values(), *labels.values()]
+
+
+def _where(page: Page) -> str:
+    path, number = page
+    return f"section {number} of {path}" if path.suffix == ".tif" else str(path)
+
+
+def _grey(page: Page) -> UInt8[np.ndarray, "h w"]:
+    """A page as 8-bit grey; 16-bit and RGB where it is clear what they mean.
+
+    Raises:
+      UserError: it is not: 16-bit values that are no 8-bit ones (as they are or times 257), or
+        colours.
+    """
+    where = _where(page)
+    mode, values = images.read_page(*page, where)
+    if values.ndim == 3 and mode in ("RGB", "RGBA"):
+        if (values[..., :3] != values[..., :1]).any():
+            raise UserError(
+                f"{where} is in colour, and EM sections are grey; convert it to 8-bit grey"
+            )
+        values = values[..., 0]
+    if mode.startswith("I") and values.min() >= 0:
+        if values.max() <= 255:
+            return values.astype(np.uint8)
+        if values.max() <= 65535 and not (values % 257).any():
+            return (values // 257).astype(np.uint8)
+        raise UserError(
+            f"{where} has 16-bit values up to {values.max()}, and how they map to 8-bit grey is "
+            "not known; convert it to 8-bit grey"
+        )
+    if values.dtype != np.uint8 or values.ndim != 2:
+        raise UserError(f"{where} has mode {mode}; convert it to 8-bit grey")
+    return values
+
+
+def _inside(page: Page) -> UInt8[np.ndarray, "h w"]:
+    """Labels of a page: 0 membrane, 1 inside.
+
+    Raises:
+      UserError: there are other values than 0 and 255, or 0 and 1.
+    """
+    mode, values = images.read_page(*page, _where(page))
+    if mode != "1":
+        values = _grey(page)
+    found = np.unique(values).tolist()
+    if not (set(found) <= {0, 1} or set(found) <= {0, 255}):
+        shown = ", ".join(map(str, found[:4])) + (" …" if len(found) > 4 else "")
+        raise UserError(
+            f"labels {_where(page)} hold the values {shown}; they must be 0 (membrane) and "
+            "255 or 1 (inside)"
+        )
+    return (values > 0).astype(np.uint8)
