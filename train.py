@@ -1,34 +1,6 @@
-"""Train a ProtoSeg.
+"""`python train.py …`: protoseg_jax/cli/train.py."""
 
-python train.py --config=configs/demo.py[:ROW] [--workdir=DIR] [--smoke] [--config.key=value …]
-"""
-
-from pathlib import Path
-
-from absl import flags
-from ml_collections import config_flags
-
-from protoseg_jax import devices, errors
-from protoseg_jax.training import phases, run
-
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: configs/NAME.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/NAME[-ROW].")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Try every phase with three steps each.")
-
-
-def main() -> None:
-    config = _CONFIG.value
-    if config is None:
-        raise errors.UserError("no --config given; try --config=configs/demo.py")
-    devices.start_processes()
-    devices.keep_compiled_programs()
-    path, _, row = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    name = Path(path).stem + (f"-{row}" if row else "")
-    if _SMOKE.value:
-        phases.smoke(config)
-        name += "-smoke"
-    run.train(config, _WORKDIR.value or f"runs/{name}")
-
+from protoseg_jax.cli import verb
 
 if __name__ == "__main__":
-    errors.run(main)
+    verb("train")

@@ -133,12 +133,16 @@ class Experiment:
             largest=self.data.label_size(split) if self.pool.processes > 1 else None,
         )
 
+    @property
+    def augmentation(self) -> augment.Augment:
+        return augment.from_config(self.config, self.preprocessing.padding_colour)
+
     def train_batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's part of the augmented training batches, from number `start` on."""
         config = self.config
         return pipeline.train_batches(
             self.source(config.data.train_split),
-            augment.from_config(config, self.preprocessing.padding_colour),
+            self.augmentation,
             batch_size=config.batch_size,
             seed=config.seed,
             start=start,

@@ -8,7 +8,7 @@ import ml_collections
 from protoseg_jax.devices import barrier, is_main, leave_processes
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import report
-from protoseg_jax.evaluation.segmentation import evaluate
+from protoseg_jax.evaluation.score import evaluate
 from protoseg_jax.files import write_json
 from protoseg_jax.program import Interrupted
 from protoseg_jax.progress import say
@@ -149,7 +149,7 @@ def run_phase(live: Live, phase: Phase, start: Checkpoint) -> Checkpoint:
     first_batch = sum(p.steps for p in before if p.kind == "train")
 
     def validate(checkpoint: Checkpoint) -> float | None:
-        return evaluate(live.experiment, checkpoint, "validation", overlap=False)["miou"]
+        return evaluate(live.experiment, checkpoint, "validation", with_overlap=False)["miou"]
 
     return loop.run(live, phase, start, first_batch, validate)
 

@@ -259,3 +259,36 @@ def _flat(tree: dict[str, Any]) -> dict[tuple[str, ...], Any]:
 
 def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {"/".join(k): x.shape for k, x in _flat(tree).items()}
+
+
+def write_ported(config: ml_collections.ConfigDict, source: str, workdir: str) -> None:
+    """Write the weights of a trained ProtoSeg as a run whose joint phase is finished.
+
+    Args:
+      config: of the run.
+      source: the weights file.
+      workdir: the run's folder, which must be new.
+
+    Raises:
+      UserError: the weights are no ProtoSeg or do not fit the config, or the folder holds
+        something.
+    """
+    network = models.network(config.model)
+    ported = weights.load(source, network)
+    if ported.prototype_classes is None:
+        raise UserError(
+            f"{source} is a {ported.origin} ResNet, and only a trained ProtoSeg makes a run's "
+            "folder; write an .npz and set --config.pretrained.path to it"
+        )
+    folder = Workdir(workdir)
+    if folder.holds_run:
+        raise UserError(f"{workdir} holds a run already; name another folder")
+    follow(config, network.ORIGINS[ported.origin])
+    start = with_weights(Experiment(config), ported, source)
+    folder.start(config)
+    try:
+        steps = config.phases.joint.steps
+        folder.checkpoints.save(dataclasses.replace(start, phase="joint", step=steps))
+        folder.checkpoints.wait()
+    finally:
+        folder.release()

@@ -1,0 +1,35 @@
+"""Score a run: print the per-class table and write DIR/eval/SPLIT-PHASE.json.
+
+python eval.py --workdir=DIR [--split=validation] [--phase=NAME] [--predictions=OUT]
+    [--interpretability] [--flips]
+"""
+
+from absl import flags
+
+from protoseg_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_SPLIT = flags.DEFINE_string("split", "validation", "train, validation or test.")
+_PHASE = flags.DEFINE_string("phase", None, "The phase to score; default: the last finished one.")
+_PREDICTIONS = flags.DEFINE_string("predictions", None, "Folder to write label PNGs to.")
+_INTERPRETABILITY = flags.DEFINE_bool("interpretability", False, "Measure the explanations too.")
+_MEASURES = flags.DEFINE_list("measures", [], "Which; default: those of the run's config.")
+_FLIPS = flags.DEFINE_bool("flips", False, "Average class probabilities over mirror images.")
+
+
+def main() -> None:
+    from protoseg_jax import devices
+    from protoseg_jax.evaluation import score
+
+    if _WORKDIR.value is None:
+        raise UserError("no --workdir given; name the folder that train.py wrote")
+    devices.keep_compiled_programs()
+    score.score_run(
+        _WORKDIR.value,
+        _SPLIT.value,
+        _PHASE.value,
+        _PREDICTIONS.value,
+        flips=_FLIPS.value,
+        interpretability=_INTERPRETABILITY.value,
+        measures=_MEASURES.value,
+    )

@@ -1,0 +1,25 @@
+"""Write a new run without some of a run's prototypes, its last layer fine-tuned.
+
+protoseg remove --workdir=DIR --to=NEWDIR [--force] ID …
+
+IDs are those of prototypes.json ("index"). The old run is only read.
+"""
+
+from absl import flags
+
+from protoseg_jax.errors import UserError
+
+ARGUMENTS = ("ID …",)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_TO = flags.DEFINE_string("to", None, "The new run's folder.")
+_FORCE = flags.DEFINE_bool("force", False, "Remove a class's last prototype, too.")
+
+
+def main(*ids: str) -> None:
+    from protoseg_jax import devices
+    from protoseg_jax.training import removal
+
+    if _WORKDIR.value is None or _TO.value is None:
+        raise UserError("--workdir=DIR and --to=NEWDIR go together; give both")
+    devices.keep_compiled_programs()
+    removal.remove(_WORKDIR.value, ids, _TO.value, force=_FORCE.value)

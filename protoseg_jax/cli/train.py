@@ -1,0 +1,34 @@
+"""Train a ProtoSeg, or go on where a run stopped.
+
+python train.py --config=configs/demo.py[:ROW] [--workdir=DIR] [--smoke] [--config.key=value …]
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from protoseg_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: configs/NAME.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/NAME[-ROW].")
+_SMOKE = flags.DEFINE_bool("smoke", False, "Try every phase with three steps each.")
+
+
+def main() -> None:
+    from protoseg_jax import config as configs
+    from protoseg_jax import devices
+    from protoseg_jax.run import phases
+    from protoseg_jax.training import run
+
+    if _CONFIG.value is None:
+        raise UserError("no --config given; try --config=configs/demo.py")
+    config = configs.complete(_CONFIG.value.to_dict())
+    devices.start_processes()
+    devices.keep_compiled_programs()
+    path, _, row = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = Path(path).stem + (f"-{row}" if row else "")
+    if _SMOKE.value:
+        phases.smoke(config)
+        name += "-smoke"
+    run.train(config, _WORKDIR.value or f"runs/{name}")
