@@ -56,8 +56,11 @@ class Augment(grain.RandomMapTransform):
 
     def choose(self, size: tuple[int, int], rng: np.random.Generator) -> Choice:
         """Draw scale, crop and flip for an image of a size."""
-        scaled = scaled_size(size, rng.uniform(*self.scale_range))
-        box, flip = crop_box(scaled, self.crop_size, rng), bool(rng.random() < 0.5)
+        scale = rng.uniform(*self.scale_range)
+        scaled = tuple(max(1, int(n * scale)) for n in size)
+        room = (max(n - side, 0) for n, side in zip(scaled, self.crop_size, strict=True))
+        box = (*(int(rng.integers(0, n + 1)) for n in room), *self.crop_size)
+        flip = bool(rng.random() < 0.5)
         turns = int(rng.integers(4)) if self.turns else 0
         displacements = rng.normal(0.0, self.elastic, (_GRID, _GRID, 2)) if self.elastic else None
         return Choice(scaled, box, flip, turns, displacements)
@@ -94,18 +97,6 @@ def from_config(config: ml_collections.ConfigDict, padding_colour: tuple[int, in
             "False or a square --config.crop_size"
         )
     return Augment(crop, tuple(options.scale), padding_colour, options.turns, options.elastic)
-
-
-def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """⌊size · scale⌋, at least one pixel."""
-    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
-
-
-def crop_box(size: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> Box:
-    """A uniformly random crop: (top, left, height, width) within an image padded to the crop."""
-    top = int(rng.integers(0, max(size[0] - crop[0], 0) + 1))
-    left = int(rng.integers(0, max(size[1] - crop[1], 0) + 1))
-    return top, left, crop[0], crop[1]
 
 
 def displaced(

@@ -37,15 +37,9 @@ class LabelSet:
 
 
 # Okabe and Ito's eight, told apart by most colour-blind people, the background's black first.
-_OKABE_ITO: tuple[Colour, ...] = (
-    (0, 0, 0),
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
+_OKABE_ITO: tuple[Colour, ...] = tuple(
+    tuple(bytes.fromhex(code))
+    for code in "000000 e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7".split()
 )
 _GOLDEN = 0.618033988749895  # successive hues this far apart never crowd
 

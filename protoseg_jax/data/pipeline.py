@@ -4,7 +4,6 @@ A training batch is a function of (seed, step) alone: the data position is one i
 number of workers or devices, so a run that resumes at a step sees what it would have seen.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -70,30 +69,19 @@ def _read(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
     return iterator
 
 
-@dataclasses.dataclass(frozen=True)
-class _ForEvaluation(grain.MapTransform):
-    eval_size: tuple[int, int]
+class _ForEvaluation:
+    """A source whose images have the evaluation size, and whose examples carry their number."""
 
-    def map(self, element: tuple[int, dict]) -> dict:
-        index, example = element
-        return {
-            "image": resize_image(example["image"], self.eval_size),
-            "label": example["label"],
-            "index": np.int32(index),
-        }
-
-
-class _Numbered:
-    """A source whose examples carry their number."""
-
-    def __init__(self, source: Any):
-        self._source = source
+    def __init__(self, source: Any, eval_size: tuple[int, int]):
+        self._source, self._eval_size = source, eval_size
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> tuple[int, dict]:
-        return index, self._source[index]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._source[index]
+        image = resize_image(example["image"], self._eval_size)
+        return {"image": image, "label": example["label"], "index": np.int32(index)}
 
 
 def eval_batches(
@@ -129,8 +117,8 @@ def eval_batches(
     number, parts = part
     count = len(source) - start
     batches = -(-count // (parts * batch_size))
-    dataset = grain.MapDataset.source(_Numbered(source))[start + number :: parts]
-    examples = iter(_read(dataset.map(_ForEvaluation(eval_size)), workers) if len(dataset) else ())
+    dataset = grain.MapDataset.source(_ForEvaluation(source, eval_size))[start + number :: parts]
+    examples = iter(_read(dataset, workers) if len(dataset) else ())
     filling = {
         "image": np.zeros((*eval_size, 3), np.uint8),
         "label": np.full((1, 1), VOID, np.uint8),

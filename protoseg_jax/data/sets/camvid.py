@@ -29,11 +29,7 @@ _LAYOUT = "train/, trainannot/, val/ and valannot/ (the SegNet layout)"
 
 
 def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
-    """The pairs of each split by name.
-
-    Raises:
-      UserError: the layout is not there.
-    """
+    """The pairs of each split by name."""
     root = prepare.data_folder(config, _LAYOUT)
     splits = {}
     for split, folder in _FOLDERS.items():

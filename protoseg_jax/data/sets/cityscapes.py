@@ -10,13 +10,11 @@ Training images are stored uncompressed, in 19 GB: decoding PNGs, a core makes t
 examples a second to feed a GPU (benchmarks/results/decoding.md).
 """
 
-import dataclasses
 import json
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -58,58 +56,46 @@ _ZIPS = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
 _IMAGE = re.compile(r"leftImg8bit/(train|val|test)/([^/]+)/([\w-]+_\d+_\d+)_leftImg8bit\.png")
 _LAYOUT = f"leftImg8bit/ and gtFine/, or {' and '.join(_ZIPS)}, or TFDS's prepared folder"
 
-Item = tuple[str, Callable[[], bytes], Callable[[], bytes] | None]
-"""An image's id, its bytes, and those of its labels."""
-
 
 def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
-    """The images of each split by name, from whichever of the three layouts is there.
-
-    Raises:
-      UserError: none of them is there, or it is not complete.
-    """
+    """The images of each split by name, from whichever of the three layouts is there."""
     root = prepare.data_folder(config, _LAYOUT)
     if (root / "dataset_info.json").is_file():
-        found, used = _prepared_by_tfds(root), sorted(root.iterdir())
+        used = sorted(root.iterdir())
+        splits, example = _prepared_by_tfds(root)
     elif all((root / name).is_file() for name in _ZIPS):
         used = [root / name for name in _ZIPS]
-        found = _official(*map(_zip, used))
+        splits, example = _official({k: v for path in used for k, v in _members(path).items()})
     elif (root / "leftImg8bit").is_dir():
-        names = sorted(
-            p.relative_to(root).as_posix()
-            for top in ("leftImg8bit", "gtFine")
-            for p in (root / top).rglob("*.png")
-        )
-        used = [root / name for name in names]
-        folder = _Files(names, lambda name: (root / name).read_bytes())
-        found = _official(folder, folder)
+        found = (p for top in ("leftImg8bit", "gtFine") for p in (root / top).rglob("*.png"))
+        files = {p.relative_to(root).as_posix(): p for p in found}
+        used = [files[name] for name in sorted(files)]
+        splits, example = _official(files)
     else:
         raise UserError(f"cityscapes: {root} holds no images; data.dir must hold {_LAYOUT}")
-    splits = {split: items for split, items in found.items() if len(items)}
+    splits = {split: items for split, items in splits.items() if len(items)}
     for split in ("train", "validation"):
         if split not in splits:
             raise UserError(f"cityscapes: no {split} image in {root}; it must hold {_LAYOUT}")
-    source = map(prepare.file_stamp, used)
-    return prepare.DataSet("cityscapes", LABELS, splits, _example, list(source))
+    source = [*map(prepare.file_stamp, used)]
+    return prepare.DataSet("cityscapes", LABELS, splits, example, source)
 
 
 def submission(split: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> tuple[str, bytes]:
     """`ID_pred_labelIds.png`, grey label ids (not train ids), at the labels' 1024×2048."""
-    del split
     ids = np.array(IDS, np.uint8)[labels]
     return f"{image_id}_pred_labelIds.png", images.palette_png(ids)
 
 
-def _example(split: str, item: Item) -> prepare.Example:
-    image_id, image, label = item
-    data = image()
+def _example(split: str, image_id: str, data: bytes, label: bytes | None) -> prepare.Example:
+    """An image and its label ids, checked."""
     pixels = prepare.decode_image(data, image_id)
     size = pixels.shape[:2]
     if split == "train":
         data = images.encode(pixels, ".bmp")
     if label is None:
         return prepare.Example(image_id, data, np.full(size, VOID, np.uint8))
-    ids = images.decode_mask(label(), f"of {image_id}")
+    ids = images.decode_mask(label, f"of {image_id}")
     if ids.shape != size:
         raise UserError(
             f"cityscapes: image {image_id} is {size[0]}×{size[1]} but its labels are "
@@ -126,67 +112,48 @@ def _example(split: str, item: Item) -> prepare.Example:
     return prepare.Example(image_id, data, table[ids])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """Names of files, and how one is read."""
-
-    names: Sequence[str]
-    read: Callable[[str], bytes]
-
-
-def _zip(path: Path) -> _Files:
+def _members(path: Path) -> dict[str, zipfile.Path]:
     """Members of a zip, which is never unpacked."""
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"cityscapes: {path} is no zip ({error}); fetch it again") from error
-
-    def read(name: str) -> bytes:
-        try:
-            return archive.read(name)
-        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"cityscapes: {name} in {path} is damaged ({error}); fetch the zip again"
-            ) from error
-
-    return _Files(sorted(archive.namelist()), read)
+    return {name: zipfile.Path(archive, name) for name in archive.namelist()}
 
 
-def _official(pictures: _Files, labels: _Files) -> dict[str, list[Item]]:
-    """The items of each split."""
-    there = set(labels.names)
+def _read(file: Path | zipfile.Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as error:
+        if isinstance(file, Path):
+            raise
+        raise UserError(
+            f"cityscapes: {file.at} in {file.root.filename} is damaged ({error}); fetch the zip "
+            "again"
+        ) from error
+
+
+def _official(files: Mapping[str, Path | zipfile.Path]) -> tuple[dict[str, list], Callable]:
+    """(items of each split, their example) of files by their official names."""
     splits = {split: [] for split in _SPLITS.values()}
-    for name in pictures.names:
+    for name in sorted(files):
         if not (match := _IMAGE.fullmatch(name)):
             continue
         folder, city, image_id = match.groups()
         label = f"gtFine/{folder}/{city}/{image_id}_gtFine_labelIds.png"
-        if folder == "test":
-            label = None
-        elif label not in there:
+        if folder != "test" and label not in files:
             raise UserError(f"cityscapes: {name} has no labels {label}; unpack gtFine again")
-        read_label = label and (lambda n=label: labels.read(n))
-        splits[_SPLITS[folder]].append((image_id, lambda n=name: pictures.read(n), read_label))
-    return splits
+        splits[_SPLITS[folder]].append((image_id, name, label))
+
+    def example(split: str, item: tuple[str, str, str]) -> prepare.Example:
+        image_id, name, label = item
+        label = None if split == "test" else _read(files[label])
+        return _example(split, image_id, _read(files[name]), label)
+
+    return splits, example
 
 
-class _Records(Sequence):
-    """Items of a split that TFDS prepared, each read when it is asked for."""
-
-    def __init__(self, records: Sequence[dict[str, Any]], labelled: bool):
-        self._records, self._labelled = records, labelled
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Item:
-        record = self._records[index]
-        image_id = Path(record["image_id"].decode()).name.removesuffix("_leftImg8bit.png")
-        label = (lambda: record["segmentation_label"]) if self._labelled else None
-        return image_id, lambda: record["image_left"], label
-
-
-def _prepared_by_tfds(root: Path) -> dict[str, _Records]:
+def _prepared_by_tfds(root: Path) -> tuple[dict[str, range], Callable]:
     """As `_official`, from a folder that TFDS prepared."""
     try:
         info = json.loads((root / "dataset_info.json").read_text())
@@ -205,8 +172,16 @@ def _prepared_by_tfds(root: Path) -> dict[str, _Records]:
     skip = {n: tfds.decode.SkipDecoding() for n in ("image_left", "segmentation_label")}
     if not skip.keys() <= builder.info.features.keys():
         raise UserError(f"cityscapes: {root} is not TFDS's cityscapes/semantic_segmentation")
-    return {
-        split: _Records(builder.as_data_source(split, decoders=skip), split != "test")
+    records = {
+        split: builder.as_data_source(split, decoders=skip)
         for split in _SPLITS.values()
         if split in builder.info.splits
     }
+
+    def example(split: str, number: int) -> prepare.Example:
+        record = records[split][number]
+        image_id = Path(record["image_id"].decode()).name.removesuffix("_leftImg8bit.png")
+        label = None if split == "test" else record["segmentation_label"]
+        return _example(split, image_id, record["image_left"], label)
+
+    return {split: range(len(of)) for split, of in records.items()}, example

@@ -24,11 +24,7 @@ _ONE_IN = 5  # images is held out
 
 
 def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
-    """The pairs of each split, in the order of its list; `data.void` is their "no label".
-
-    Raises:
-      UserError: the layout is not there, a list names an absent image, a class is named twice.
-    """
+    """The pairs of each split, in the order of its list; `data.void` is their "no label"."""
     root = prepare.data_folder(config, _LAYOUT)
     masks = prepare.require_folder(root / "masks", "folder", _LAYOUT)
     images = prepare.images_in(prepare.require_folder(root / "images", "folder", _LAYOUT))

@@ -34,22 +34,15 @@ LABELS = LabelSet(("membrane", "inside"), ((0, 114, 178), (240, 228, 66)))
 _LAYOUT = "train-volume.tif and train-labels.tif, or image/ and label/ with a PNG a section"
 _ONE_IN = 3  # sections is held out
 
-Page = tuple[Path, int]
-"""A file and the number of the page in it."""
-
-Section = tuple[str, Page, Page | None]
-"""A section's name, its image and its label."""
+Page = tuple[Path, int]  # a file, and the number of the page in it
+Section = tuple[str, Page, Page | None]  # name, image, label
 
 
 def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
-    """The sections of each split, in their order in the volume.
-
-    Raises:
-      UserError: the layout is not there, or images and labels are not equally many.
-    """
+    """The sections of each split, in their order in the volume."""
     root = prepare.data_folder(config, _LAYOUT)
-    stacks = (root / "train-volume.tif").is_file()
-    sections, used = _stacks(root) if stacks else _folders(root)
+    stacked = (root / "train-volume.tif").is_file()
+    sections, used = _stacks(root) if stacked else _folders(root)
     if len(sections) < 2:
         raise UserError(
             f"isbi_em: {root} holds {len(sections)} section(s); at least 2 are needed to hold "
@@ -116,11 +109,10 @@ def _where(page: Page) -> str:
 
 
 def _grey(page: Page) -> UInt8[np.ndarray, "h w"]:
-    """A page as 8-bit grey; 16-bit and RGB where it is clear what they mean.
+    """A page as 8-bit grey.
 
     Raises:
-      UserError: it is not: 16-bit values that are no 8-bit ones (as they are or times 257), or
-        colours.
+      UserError: its values are colours, or 16-bit and no 8-bit ones (as they are or times 257).
     """
     where = _where(page)
     mode, values = images.read_page(*page, where)
@@ -145,11 +137,7 @@ def _grey(page: Page) -> UInt8[np.ndarray, "h w"]:
 
 
 def _inside(page: Page) -> UInt8[np.ndarray, "h w"]:
-    """Labels of a page: 0 membrane, 1 inside.
-
-    Raises:
-      UserError: there are other values than 0 and 255, or 0 and 1.
-    """
+    """Labels of a page: 0 membrane, 1 inside."""
     mode, values = images.read_page(*page, _where(page))
     if mode != "1":
         values = _grey(page)

@@ -35,9 +35,6 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     """The pairs of each split, in the order of its list.
 
     `data.dir` is VOC2012/, VOCdevkit/ or the folder above it.
-
-    Raises:
-      UserError: the layout is not there, or a list names an image that is not there.
     """
     top = prepare.data_folder(config, _LAYOUT)
     inside = [top, top / "VOC2012", top / "VOCdevkit" / "VOC2012"]
@@ -50,21 +47,28 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
             "archive SegmentationClassAug.zip (12,031 PNGs, made from SBD) there"
         )
     stems = _lists(root)
-    splits = {split: [_pair(root, split, stem) for stem in of] for split, of in stems.items()}
-    paths = sorted({p for of in splits.values() for _, *pair in of for p in pair if p})
+
+    def pair(split: str, stem: str) -> tuple[str, Path, Path | None]:
+        """(stem, image, mask of the split's kind, or of the other where there is none)."""
+        kinds = ["SegmentationClass", "SegmentationClassAug"]
+        of = [root / k / f"{stem}.png" for k in (kinds[::-1] if split == "train_aug" else kinds)]
+        mask = None if split == "test" else of[not of[0].is_file()]
+        return stem, root / "JPEGImages" / f"{stem}.jpg", mask
+
+    splits = {split: [pair(split, stem) for stem in of] for split, of in stems.items()}
+    paths = sorted({p for of in splits.values() for _, *files in of for p in files if p})
     for path in paths:
         if not path.is_file():
             raise UserError(
                 f"voc: {path} is missing though a list in ImageSets/Segmentation/ names it; "
                 "unpack it again, or correct the list"
             )
-    return prepare.DataSet(
-        name="voc",
-        labels=LABELS,
-        splits=splits,
-        example=lambda _, pair: prepare.read_pair(*pair, {255: VOID}, len(LABELS)),
-        source=[*map(prepare.file_stamp, paths), stems],
-    )
+
+    def example(_: str, item: tuple[str, Path, Path | None]) -> prepare.Example:
+        return prepare.read_pair(*item, {255: VOID}, len(LABELS))
+
+    source = [*map(prepare.file_stamp, paths), stems]
+    return prepare.DataSet("voc", LABELS, splits, example, source)
 
 
 def submission(split: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> tuple[str, bytes]:
@@ -97,13 +101,3 @@ def _read(path: Path) -> list[str]:
     if not stems:
         raise UserError(f"voc: list {path} is empty; unpack it again")
     return stems
-
-
-def _pair(root: Path, split: str, stem: str) -> tuple[str, Path, Path | None]:
-    """(stem, image, mask or None): the split's kind of mask, else the other kind."""
-    kinds = ["SegmentationClass", "SegmentationClassAug"]
-    first, second = (
-        root / kind / f"{stem}.png" for kind in (kinds[::-1] if split == "train_aug" else kinds)
-    )
-    mask = None if split == "test" else first if first.is_file() else second
-    return stem, root / "JPEGImages" / f"{stem}.jpg", mask
