@@ -1,1 +1,1 @@
-"""Scoring: segmentation scores, measures of the prototypes, and the pass over a split."""
+"""Scores of the segmentation, measures of the prototypes, and every table of them."""

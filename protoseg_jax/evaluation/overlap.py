@@ -1,4 +1,4 @@
-"""Table 2's overlap: do the prototypes of a class fire at the same places?"""
+"""Table 2's overlap: whether prototypes of a class are active at the same places."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from protoseg_jax.evaluation.measures import Context, Measure, Seen, absent
 from protoseg_jax.evaluation.segmentation import upsample
-from protoseg_jax.losses import class_table
+from protoseg_jax.models.prototypes import class_table
+
+TITLES = (("overlap", "overlap", 100),)
+NOT_MEASURED = absent("overlap", "overlap_pooled")
+
+_SHARE = 20  # a prototype is active on the twentieth of the pixels most similar to it
 
 
 class OverlapSums(NamedTuple):
@@ -23,21 +29,31 @@ class OverlapSums(NamedTuple):
     union: Float[Array, ""]
 
 
+def make(context: Context) -> Measure:
+    """`figures` of the `image_sums` over a split; None both for the black box."""
+    return Measure(_step, figures) if context.inference.num_prototypes else NOT_MEASURED
+
+
+def _step(seen: Seen) -> OverlapSums:
+    label, size, model = seen.batch["label"], seen.batch["size"], seen.inference
+    return image_sums(seen.output.similarities, label, size, model.classes, model.num_classes)
+
+
 def _sort_keys(x: Float[Array, "..."]) -> Int[Array, "..."]:
     """int32 numbers in the order of the floats."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # −0.0 equals 0.0
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def top_twentieth(x: Float[Array, "H W"], inside: Bool[Array, "H W"]) -> Bool[Array, "H W"]:
-    """The pixels at or above a map's 95 % quantile over the pixels inside.
+def top(x: Float[Array, "*n"], inside: Bool[Array, "*n"], share: int) -> Bool[Array, "*n"]:
+    """The points at or above the (1 − 1/share) quantile of a map over the points inside.
 
     The (linear) quantile lies between two neighbours in the order, so x ≥ quantile means x ≥ the
-    ⌈0.95 (n − 1)⌉-th smallest value (from 0), which bisection finds without sorting. Equal to
-    `np.quantile` of the map in float64.
+    ⌈(1 − 1/share) (n − 1)⌉-th smallest value (from 0), which bisection finds without sorting. Equal
+    to `np.quantile` of the map in float64.
     """
     last = inside.sum() - 1
-    rank = last - last // 20
+    rank = last - last // share
     keys = jnp.where(inside, _sort_keys(x), jnp.iinfo(jnp.int32).max)
     low = keys.min()
     high = jnp.where(inside, keys, low).max()
@@ -54,40 +70,39 @@ def top_twentieth(x: Float[Array, "H W"], inside: Bool[Array, "H W"]) -> Bool[Ar
     return (keys >= low) & inside
 
 
-def overlap_sums(
-    similarities: Float[Array, "b h w m"],
-    labels: Int[Array, "b H W"],
-    sizes: Int[Array, "b 2"],
-    prototype_classes: np.ndarray,
+def image_sums(
+    similarities: Float[Array, "h w m"],
+    label: Int[Array, "H W"],
+    size: Int[Array, "2"],
+    prototype_classes: Int[np.ndarray, " m"],
     num_classes: int,
 ) -> OverlapSums:
-    """Overlap of same-class prototypes' activations (Table 2), summed over a batch.
+    """Overlap of same-class prototypes' activations (Table 2), summed over an image's classes.
 
-    For each image and each class in its labels: the similarity map of each prototype of the class,
-    brought to label resolution and cut at its own whole-image 95 % quantile; IoU of every pair. The
-    paper's code for this is not released; we follow METHOD.
+    For each class in the image's labels: the similarity map of each prototype of the class, brought
+    to label resolution and cut at its own whole-image 95 % quantile; IoU of every pair. The paper's
+    code for this is not released; we follow METHOD.
 
-    Works through images, classes and prototypes one after another, so that only one map and one
-    class's masks are at full size, and passes over classes that are absent.
+    Works through classes and prototypes one after another, so that only one map and one class's
+    masks are at full size, and passes over classes that are absent.
 
     Args:
       similarities: eq. 1, at the feature map's resolution.
-      labels: at full size on the canvas, void outside each image's size.
-      sizes: each image's own (height, width).
-      prototype_classes: [M], static.
+      label: at full size on the canvas, void outside the image's size.
+      size: the image's own (height, width).
+      prototype_classes: c(j), static.
       num_classes: C.
     """
     table = class_table(prototype_classes, num_classes)
-    canvas = labels.shape[1:]
+    canvas = label.shape
     upper = np.triu(np.ones(2 * table.shape[1:], bool), 1)
+    inside = (jnp.arange(canvas[0]) < size[0])[:, None] & (jnp.arange(canvas[1]) < size[1])
 
-    def class_sums(maps: Float[Array, "h w m"], size: Int[Array, "2"], own: Int[Array, "k"]):
-        inside = (jnp.arange(canvas[0]) < size[0])[:, None] & (jnp.arange(canvas[1]) < size[1])
+    def active(j: Int[Array, ""]) -> Bool[Array, "H W"]:
+        full = upsample(similarities[None, :, :, j, None], size[None], canvas)[0, :, :, 0]
+        return top(full, inside, _SHARE)
 
-        def active(j):
-            full = upsample(maps[None, :, :, j, None], size[None], canvas)[0, :, :, 0]
-            return top_twentieth(full, inside)
-
+    def class_sums(own: Int[Array, " k"]) -> OverlapSums:
         masks = jax.lax.map(active, jnp.maximum(own, 0)).reshape(len(own), -1).astype(jnp.int8)
         # Counts in int32 are exact at any size, and on a CPU faster than in float32.
         intersection = jnp.dot(masks, masks.T, preferred_element_type=jnp.int32)
@@ -97,30 +112,19 @@ def overlap_sums(
         terms = (intersection / union, pairs, intersection, union)
         return OverlapSums(*(jnp.where(pairs, x.astype(jnp.float32), 0.0).sum() for x in terms))
 
+    def add(total: OverlapSums, class_and_own):
+        c, own = class_and_own
+        enters = (label == c).any() & ((own >= 0).sum() > 1)
+        sums = jax.lax.cond(enters, class_sums, lambda _: zero, own)
+        return jax.tree.map(jnp.add, total, sums), None
+
     zero = OverlapSums(*[jnp.zeros(())] * 4)
-
-    def image_sums(image):
-        maps, label, size = image
-
-        def add(total, class_and_own):
-            c, own = class_and_own
-            enters = (label == c).any() & ((own >= 0).sum() > 1)
-            sums = jax.lax.cond(enters, lambda: class_sums(maps, size, own), lambda: zero)
-            return jax.tree.map(jnp.add, total, sums), None
-
-        return jax.lax.scan(add, zero, (jnp.arange(num_classes), jnp.asarray(table)))[0]
-
-    per_image = jax.lax.map(image_sums, (similarities, labels, sizes))
-    return jax.tree.map(jnp.sum, per_image)
+    return jax.lax.scan(add, zero, (jnp.arange(num_classes), jnp.asarray(table)))[0]
 
 
-def scores(sums: OverlapSums | None) -> dict[str, float | None]:
-    """Over a split: "overlap", the mean of IoUs, and "overlap_pooled", ΣI/ΣU; None without pairs.
-
-    Args:
-      sums: of the split; None where there are no prototypes or it was not measured.
-    """
-    iou, pairs, intersection, union = sums or (0.0,) * 4
+def figures(sums: OverlapSums) -> dict[str, float | None]:
+    """ "overlap": mean of the pairs' IoUs; "overlap_pooled": ΣI/ΣU; None without pairs."""
+    iou, pairs, intersection, union = sums
     return {
         "overlap": iou / pairs if pairs else None,
         "overlap_pooled": intersection / union if union else None,

@@ -8,6 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from protoseg_jax.evaluation.measures import Context, Measure, Seen
+
+TITLES = (
+    ("miou", "mean", 100),
+    ("pixel_accuracy", "pixel accuracy", 100),
+    ("pixel_error", "pixel error", 100),
+    ("f_error", "1 − F (inside)", 100),
+)
+
+
+def make(context: Context) -> Measure:
+    """`scores` of the pixels of a split."""
+    del context
+    return Measure(_step, scores)
+
+
+def _step(seen: Seen) -> Int[Array, "c c"]:
+    label, size = seen.batch["label"][None], seen.batch["size"][None]
+    found = predict(seen.output.logits[None], size, label.shape[1:])
+    return confusion_matrix(found, label, seen.inference.num_classes)
+
 
 def _taps(
     length: int, sizes: Int[Array, "*#o"], positions: Int[Array, "*#o"]

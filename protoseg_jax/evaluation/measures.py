@@ -1,0 +1,160 @@
+"""Measuring a model over a split: one pass on the devices, whatever is measured.
+
+A measure is a module, of this folder or by its dotted path from anywhere, with
+
+* `TITLES`: ((key, name, factor), …) of its figures that tables show; factor 100: in per cent;
+* `make(context)` → `Measure`, or None where it has nothing to say.
+
+The network sees each image once, and every measure looks at what came out. Sums over images and
+devices are of whole numbers, exact whatever their order, and what is drawn is drawn by each image's
+number: N devices measure what one does.
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from protoseg_jax import extensions
+from protoseg_jax.data.labels import VOID
+from protoseg_jax.devices import psum
+from protoseg_jax.inference import Inference, shrink_labels
+from protoseg_jax.models.protoseg import Output
+from protoseg_jax.run.experiment import Experiment
+
+_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a measure is made for."""
+
+    experiment: Experiment  # the run's data, classes and devices
+    inference: Inference  # its model, with c(j) and C
+    split: str
+    held_out: int | None = None  # a class whose points count for novelty alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """One image as the model sees it, on the device."""
+
+    inference: Inference
+    variables: Any
+    batch: dict[str, Array]  # its rows: "image", "label", "size", "index", and measures' `inputs`
+    output: Output  # of this image alone: features [h w d], logits [h w c] and so on
+    labels: Int[Array, "h w"]  # Y_Z; void in an image that fills a batch, whose index is −1
+    judged: Bool[Array, "h w"]  # points that are neither void nor of the held-out class
+    key: Key[Array, ""]  # of the image's random numbers
+
+    @property
+    def kernel(self) -> Float[Array, "m c"]:
+        """w_h."""
+        return self.variables["params"]["head"]["kernel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One measure of one run.
+
+    Attributes:
+      step: what one image says, a tree of arrays (on the device). A function that outlives a call
+        compiles once.
+      finish: the split's figures by key, fractions, None where there is nothing to measure (host).
+      summed: whether `finish` gets sums over the images, in 64 bits; else every image's arrays.
+      inputs: what to add to a batch: arrays by name, a row an image (host).
+    """
+
+    step: Callable[[Seen], Any]
+    finish: Callable[[Any], dict[str, Any]]
+    summed: bool = True
+    inputs: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda batch: {}
+
+
+def absent(*keys: str) -> Measure:
+    """Of what cannot be measured: None for each of these figures."""
+    return Measure(_nothing, lambda _: dict.fromkeys(keys))
+
+
+def _nothing(seen: Seen) -> tuple[()]:
+    return ()
+
+
+def modules(names: Iterable[str]) -> list[types.ModuleType]:
+    """The measures that a config names.
+
+    Raises:
+      UserError: there is no such module, or it is no measure.
+    """
+    return [extensions.find("measures", n, "evaluation", ("TITLES", "make")) for n in names]
+
+
+def take(
+    context: Context,
+    measures: Sequence[Measure | None],
+    variables: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+) -> dict[str, Any]:
+    """The figures of all measures, after one pass over a split's evaluation batches."""
+    pool, measures = context.experiment.pool, [m for m in measures if m is not None]
+    batches = (
+        {**batch, **{name: rows for m in measures for name, rows in m.inputs(batch).items()}}
+        for batch in batches
+    )
+    parts = tuple((m.step, m.summed) for m in measures)
+    step = _make_step(context.inference, context.held_out, parts)
+    # All batches are on their way before the first result is fetched.
+    passed = [found for _, found in pool.outputs(step, variables, batches)]
+    result = {}
+    for m, found in zip(measures, zip(*passed, strict=True), strict=True):
+        collect, gather = (_total, pool.first) if m.summed else (_joined, pool.all)
+        result |= m.finish(jax.tree.map(collect, *map(gather, found)))
+    return result
+
+
+def _total(*parts: np.ndarray) -> np.ndarray:
+    return np.sum(parts, axis=0, dtype=np.result_type(parts[0], np.int64))
+
+
+def _joined(*parts: np.ndarray) -> np.ndarray:
+    """[devices, images a device, ...] of each batch → [images, ...]."""
+    return np.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])
+
+
+@functools.lru_cache(maxsize=4)
+def _make_step(
+    inference: Inference,
+    held_out: int | None,
+    parts: tuple[tuple[Callable[[Seen], Any], bool], ...],
+) -> Callable:
+    """step(variables, batch) → what each (step, summed) of `parts` found: psum'd, or by image.
+
+    The same arguments give the same function, so that measuring again compiles nothing.
+    """
+
+    def step(variables, batch):
+        def look(image):
+            batch, output = image
+            labels, size = batch["label"][None], batch["size"][None]
+            labels = shrink_labels(labels, size, output.features.shape[:2])[0]
+            labels = jnp.where(batch["index"] >= 0, labels, VOID)
+            judged = labels != VOID
+            if held_out is not None:
+                judged &= labels != held_out
+            key = jax.random.fold_in(jax.random.key(_SEED), batch["index"])
+            seen = Seen(inference, variables, batch, output, labels, judged, key)
+            return [function(seen) for function, _ in parts]
+
+        found = jax.lax.map(look, (batch, inference(variables, batch["image"])))
+        return [
+            psum(jax.tree.map(lambda x: x.sum(0), tree)) if summed else tree
+            for (_, summed), tree in zip(parts, found, strict=True)
+        ]
+
+    return step

@@ -1,0 +1,296 @@
+"""Figures as text: a run's stages, classes, changes and measures; the paper's Tables 1–4 and ours.
+
+For the paper's tables a run counts for the row that its config is (data set, weights, λ_J, head) if
+it follows the paper's recipe; what does not is named below them. Several runs of a row give mean ±
+sample deviation; rows without a finished run say "not run". All is per cent, on validation unless a
+column says test.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import measures, overlap, segmentation
+from protoseg_jax.files import read_json
+from protoseg_jax.models import weights
+from protoseg_jax.run.workdir import Workdir
+
+
+def percent(value: float | None, form: str = "{:.2f}") -> str:
+    """A fraction in per cent; a dash for None."""
+    return "–" if value is None else form.format(100 * value)
+
+
+def stage_table(summary: list[dict[str, Any]]) -> str:
+    """Table 3's form: stage, prototypes, mIoU, error, overlap, time; figures in per cent."""
+    rows = [("stage", "prototypes", "mIoU %", "error %", "overlap %", "time")]
+    for entry in summary:
+        minutes, seconds = divmod(round(entry["seconds"]), 60)
+        count = entry["num_prototypes"]
+        figures = (percent(entry[k]) for k in ("miou", "pixel_error", "overlap"))
+        time = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        rows.append((entry["phase"], "–" if count is None else str(count), *figures, time))
+    return _aligned(rows)
+
+
+def class_table(scores: dict[str, Any], names: Sequence[str]) -> str:
+    """IoU of each class and the pooled figures, in per cent."""
+    titles = (*segmentation.TITLES, *overlap.TITLES)
+    rows = [("class", "IoU %")]
+    rows += [(name, percent(scores["iou"][name])) for name in names]
+    rows += [(title, percent(scores[key])) for key, title, _ in titles if key in scores]
+    return _aligned(rows)
+
+
+def change_table(before: dict[str, Any], after: dict[str, Any], names: Sequence[str]) -> str:
+    """IoU of each class, mean and pixel accuracy before and after a change, in per cent."""
+    values = list(zip(names, before["iou"], after["iou"], strict=True))
+    values += [(title, before[key], after[key]) for key, title, _ in segmentation.TITLES[:2]]
+    rows = [("class", "before %", "after %", "change")]
+    for name, old, new in values:
+        change = None if old is None or new is None else new - old
+        rows.append((name, percent(old), percent(new), percent(change, "{:+.2f}")))
+    return _aligned(rows)
+
+
+def measure_lines(found: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """The figures that there are of the measures of these names, a line each."""
+    return [
+        f"{title}  " + (f"{100 * found[key]:.2f} %" if factor == 100 else f"{found[key]:.4g}")
+        for key, title, factor in _titles(names)
+        if found.get(key) is not None
+    ]
+
+
+def _titles(names: Iterable[str]) -> list[tuple[str, str, int]]:
+    return [title for module in measures.modules(names) for title in module.TITLES]
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("─" * width for width in widths))
+    return "\n".join(
+        "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+        for first, *rest in rows
+    )
+
+
+# -- the paper's tables ------------------------------------------------------------------------
+
+NOT_RUN = "not run"
+_SETS = {"voc": "Pascal VOC 2012", "cityscapes": "Cityscapes", "isbi_em": "EM (ISBI 2012)"}
+_LAST = "finetune_pruned"
+
+# Title, head, and the lines with the paper's figures, each with the data set, kind of run and phase
+# that ours are of. Where the head begins with the data, so does a line, by `tables`.
+TABLES = (
+    (
+        "Table 1: mIoU",
+        "data | model | paper, validation | paper, test | ours, validation",
+        ("voc", "deeplab", "joint", "DeepLabv2 (with CRF) | 77.69 | 79.70 | {miou}"),
+        ("voc", "imagenet", _LAST, "ProtoSeg, ImageNet | 72.05 | 72.92 | {miou}"),
+        ("voc", "coco", _LAST, "ProtoSeg, COCO | 67.98 | 68.71 | {miou}"),
+        ("cityscapes", "deeplab", "joint", "DeepLabv2 | 71.40 | 70.40 | {miou}"),
+        ("cityscapes", "imagenet", _LAST, "ProtoSeg, ImageNet | 67.23 | 67.04 | {miou}"),
+        ("cityscapes", "coco", _LAST, "ProtoSeg, COCO | 55.35 | 56.77 | {miou}"),
+    ),
+    (
+        "Table 2: the diversity loss",
+        "data | λ_J | paper: overlap | ours: overlap | paper: mIoU | ours: mIoU",
+        ("voc", "no_diversity", _LAST, "0 | 48.16 | {overlap} | 69.60 | {miou}"),
+        ("voc", "imagenet", _LAST, "0.25 | 26.59 | {overlap} | 72.05 | {miou}"),
+        ("cityscapes", "no_diversity", _LAST, "0 | 57.99 | {overlap} | 61.60 | {miou}"),
+        ("cityscapes", "imagenet", _LAST, "0.25 | 24.09 | {overlap} | 67.23 | {miou}"),
+    ),
+    (
+        "Table 3: the stages",
+        "data | paper's stage | our phase | prototypes | ours | paper: mIoU | ours: mIoU",
+        ("voc", "imagenet", "warmup", "warm-up | {phase} | 210 | {count} | 25.65 | {miou}"),
+        ("voc", "imagenet", "joint", "joint | {phase} | 210 | {count} | 68.24 | {miou}"),
+        ("voc", "imagenet", "finetune", "projection | {phase} | 201 | {count} | 72.00 | {miou}"),
+        ("voc", "imagenet", _LAST, "pruning | {phase} | 133 | {count} | 72.05 | {miou}"),
+        ("cityscapes", "imagenet", "warmup", "warm-up | {phase} | 190 | {count} | 31.45 | {miou}"),
+        ("cityscapes", "imagenet", "joint", "joint | {phase} | 190 | {count} | 65.38 | {miou}"),
+        (
+            "cityscapes",
+            "imagenet",
+            "finetune",
+            "projection | {phase} | 188 | {count} | 67.24 | {miou}",
+        ),
+        ("cityscapes", "imagenet", _LAST, "pruning | {phase} | 128 | {count} | 67.23 | {miou}"),
+    ),
+    (
+        "Table 4: EM",
+        "model | paper: mIoU | ours: mIoU | paper: error | ours: 1 − F of inside",
+        ("isbi_em", "deeplab", "joint", "U-Net | 78.74 | {miou} | 5.37 | {f_error}"),
+        ("isbi_em", "imagenet", _LAST, "ProtoSeg (U-Net) | 76.58 | {miou} | 5.40 | {f_error}"),
+    ),
+)
+
+# Without the recipe a figure cannot stand beside the paper's: section 4's for Pascal and
+# Cityscapes, for EM, whose supplement is missing, a follow-up's.
+_DEEPLAB = {
+    "batch_size": 10,
+    "model.depth": 101,
+    "model.features": 64,
+    "model.prototypes_per_class": 10,
+    "phases.warmup.steps": 30_000,
+    "phases.joint.steps": 30_000,
+    "phases.finetune.steps": 2_000,
+    "phases.finetune_pruned.steps": 2_000,
+}
+_UNET = {
+    "batch_size": 2,
+    "crop_size": [512, 512],
+    "model.backbone": "unet",
+    "model.depth": 4,
+    "model.width": 64,
+    "model.features": 64,
+    "model.prototypes_per_class": 10,
+    "phases.joint.steps": 10_000,
+    "phases.finetune.steps": 10_000,
+    "phases.finetune_pruned.steps": 10_000,
+}
+_RECIPES = {"voc": _DEEPLAB, "cityscapes": _DEEPLAB, "isbi_em": _UNET}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the tables need of a run: config.json with every key, the entries of summary.json by
+    phase, and the measures on validation by phase, where they were taken."""
+
+    config: dict[str, Any]
+    phases: dict[str, dict[str, Any]]
+    measures: dict[str, dict[str, Any]]
+
+    @property
+    def deviations(self) -> list[str]:
+        """How the config departs from the paper's recipe."""
+        name, start = self.config["data"]["name"], self.config["pretrained"]["path"]
+        found = []
+        for key, wanted in _RECIPES.get(name, {}).items():
+            value = functools.reduce(lambda section, k: section[k], key.split("."), self.config)
+            if value != wanted:
+                found.append(f"{key} is {value}, not {wanted}")
+        if name in ("voc", "cityscapes") and not start:
+            found.append("no pretrained weights")
+        if start and Path(start).suffix not in weights.READERS:
+            found.append(f"it started from run {start}")
+        return found
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """(data set, kind): "imagenet", "coco", "no_diversity", "deeplab"; "other" for the rest."""
+        model, diversity = self.config["model"], self.config["loss"]["diversity"]
+        kind = "coco" if model["preprocessing"] == "caffe" else "imagenet"
+        if diversity != 0.25:
+            kind = "other" if diversity else "no_diversity"
+        if model["head"] == "linear":
+            kind = "deeplab"
+        return self.config["data"]["name"], "other" if self.deviations else kind
+
+
+def read(folder: str) -> Run:
+    """A run by its folder.
+
+    Raises:
+      UserError: it holds no run.
+    """
+    workdir = Workdir.existing(folder)
+    scored = map(read_json, (workdir.path / "eval").glob("validation-*.json"))
+    taken = {
+        scores["phase"]: scores["interpretability"]
+        for scores in scored
+        if "interpretability" in scores and not scores.get("flips")
+    }
+    phases = {entry["phase"]: entry for entry in workdir.summary()}
+    return Run(json.loads(workdir.config().to_json()), phases, taken)
+
+
+def mean_deviation(
+    values: Iterable[float | None], scale: float = 100.0, digits: int = 2, none: str = NOT_RUN
+) -> str:
+    """Mean ± sample deviation of the values that there are, times a factor; or `none`."""
+    values = [scale * v for v in values if v is not None]
+    if not values:
+        return none
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """Tables 1–4 as Markdown, and one of measures if any run has some."""
+    texts = []
+    for title, head, *rows in TABLES:
+        lines = []
+        for name, kind, phase, line in rows:
+            scores = [run.phases.get(phase, {}) for run in runs if run.row == (name, kind)]
+            ours = {
+                key: mean_deviation(found.get(key) for found in scores)
+                for key in ("miou", "overlap", "f_error")
+            }
+            count = mean_deviation((x.get("num_prototypes") for x in scores), 1.0, 0)
+            line = line.format(phase=f"`{phase}`", count=count, **ours)
+            lines.append(f"{_SETS[name]} | {line}" if head.startswith("data") else line)
+        texts.append(_markdown(title, head, lines))
+    note = (
+        "The paper's projection and pruning rows are scores after their fine-tunings, hence our "
+        "phases beside them. Its Table 4 error can only be 1 − F."
+    )
+    return "\n\n".join([*texts, note, *_measures(runs)])
+
+
+def _markdown(title: str, head: str, lines: Iterable[str]) -> str:
+    rule = "--- | " * head.count(" | ") + "---"
+    return "\n".join([f"## {title}", "", *(f"| {x} |" for x in (head, rule, *lines))])
+
+
+def _measures(runs: Sequence[Run]) -> list[str]:
+    """The table of measures after the last phase; none without any.
+
+    A row is a data set, a class held out if any, and λ_J.
+    """
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    names: dict[str, None] = {}
+    for run in runs:
+        if _LAST in run.measures:
+            data = run.config["data"]
+            name = _SETS.get(data["name"], data["name"])
+            if data["held_out"]:
+                name += f" without {data['held_out']}"
+            key = name, f"{run.config['loss']['diversity']:g}"
+            rows.setdefault(key, []).append(run.measures[_LAST])
+            names |= dict.fromkeys(run.config["measures"])
+    if not rows:
+        return []
+    titles = _titles(names)
+    head = (f"{name}, %" if factor == 100 else name for _, name, factor in titles)
+    lines = []
+    for key, found in rows.items():
+        cells = (mean_deviation((m.get(k) for m in found), f, none="–") for k, _, f in titles)
+        lines.append(" | ".join((*key, *cells)))
+    head = " | ".join(("data", "λ_J", *head))
+    return [_markdown("Measures of explanations, validation", head, lines)]
+
+
+def print_tables(folders: Sequence[str]) -> None:
+    """Tables 1–4 of the runs in these folders, and which of them count for no row.
+
+    Raises:
+      UserError: there is no folder, or no run in one.
+    """
+    if not folders:
+        raise UserError("no run given; name one or more folders that train.py wrote")
+    runs = [read(folder) for folder in folders]
+    print(tables(runs))
+    known = {(name, kind) for _, _, *rows in TABLES for name, kind, *_ in rows}
+    for folder, run in zip(folders, runs, strict=True):
+        if run.row not in known:
+            print(f"\n{folder} is of no row ({'; '.join(run.deviations) or ', '.join(run.row)}).")
+        elif ("joint" if run.row[1] == "deeplab" else _LAST) not in run.phases:
+            print(f"\n{folder} is not finished ({', '.join(run.phases) or 'no phase yet'}).")
