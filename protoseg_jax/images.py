@@ -1,7 +1,8 @@
 """Pictures as arrays: all decoding, encoding, resizing and cropping of the package."""
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -11,8 +12,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from protoseg_jax.errors import UserError, reason
 
-# What Pillow raises of bytes that are no image of the kind they seem to be.
-_UNREADABLE = (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError)
 # Surroundings shown on each side of a patch: cells, and at least this share of the image.
 _CONTEXT_CELLS = 2
 _CONTEXT_SHARE = 1 / 12
@@ -23,46 +22,42 @@ Box = tuple[int, int, int, int]
 """(top, left, height, width)."""
 
 
-def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """An encoded image as RGB, turned as its EXIF orientation says (as viewers show it).
+def decode(data: bytes, *, grey: bool = False) -> UInt8[np.ndarray, "h w *c"]:
+    """An encoded image as RGB [h w 3], turned as its EXIF orientation says; or as `grey` [h w].
 
     Raises:
       ValueError: the bytes do not decode.
     """
-    return _decode(data, cv2.IMREAD_COLOR_RGB)
-
-
-def decode_grey(data: bytes) -> UInt8[np.ndarray, "h w"]:
-    """As `decode`, as grey."""
-    return _decode(data, cv2.IMREAD_GRAYSCALE)
-
-
-def _decode(data: bytes, flag: int) -> np.ndarray:
+    flag = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB
     array = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if data else None
     if array is None:
         raise ValueError("not an image")
     return array
 
 
+@contextlib.contextmanager
+def _opened(file: Path | io.BytesIO, problem: str, *, why: bool = False) -> Iterator[Image.Image]:
+    """A file opened by Pillow; a UserError of a problem, and `why`, if it is not what it should."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError) as error:
+        told = f" ({reason(error)})" if why else ""
+        raise UserError(f"{problem}{told}; replace the file") from error
+
+
 def decode_mask(data: bytes, where: object) -> UInt8[np.ndarray, "h w"]:
     """Values of an indexed or grey 8-bit mask; palette indices, never their colours.
 
-    Args:
-      data: the encoded mask.
-      where: names it in messages.
-
     Raises:
-      UserError: it does not decode or is neither indexed nor grey.
+      UserError: it does not decode or is neither indexed nor grey; `where` names it.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as mask:
-            if mask.mode not in ("P", "L", "1"):
-                raise UserError(
-                    f"mask {where} has mode {mask.mode}; save it as 8-bit grey or indexed PNG"
-                )
-            return np.array(mask).astype(np.uint8)
-    except _UNREADABLE as error:
-        raise UserError(f"mask {where} does not decode; replace the file") from error
+    with _opened(io.BytesIO(data), f"mask {where} does not decode") as mask:
+        if mask.mode not in ("P", "L", "1"):
+            raise UserError(
+                f"mask {where} has mode {mask.mode}; save it as 8-bit grey or indexed PNG"
+            )
+        return np.array(mask).astype(np.uint8)
 
 
 def count_pages(path: Path) -> int:
@@ -71,26 +66,20 @@ def count_pages(path: Path) -> int:
     Raises:
       UserError: it is none.
     """
-    try:
-        with Image.open(path) as stack:
-            return getattr(stack, "n_frames", 1)
-    except _UNREADABLE as error:
-        raise UserError(f"{path} is no TIFF stack ({reason(error)}); replace the file") from error
+    with _opened(path, f"{path} is no TIFF stack", why=True) as stack:
+        return getattr(stack, "n_frames", 1)
 
 
 def read_page(path: Path, page: int, where: str) -> tuple[str, np.ndarray]:
-    """(Pillow's mode, values) of a page of a file, a palette resolved; `where` names it.
+    """(Pillow's mode, values) of a page of a file, a palette resolved.
 
     Raises:
-      UserError: it does not decode.
+      UserError: it does not decode; `where` names it.
     """
-    try:
-        with Image.open(path) as stack:
-            stack.seek(page)
-            frame = stack.convert("RGB") if stack.mode == "P" else stack
-            return frame.mode, np.array(frame)
-    except _UNREADABLE as error:
-        raise UserError(f"{where} does not decode; replace the file") from error
+    with _opened(path, f"{where} does not decode") as stack:
+        stack.seek(page)
+        frame = stack.convert("RGB") if stack.mode == "P" else stack
+        return frame.mode, np.array(frame)
 
 
 def read(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
@@ -103,15 +92,13 @@ def read(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
       UserError: it does not exist, does not decode, or is neither RGB nor grey with 8 bits.
     """
     if isinstance(image, np.ndarray):
-        shape = image.shape
-        grey = image.ndim == 2 or (image.ndim == 3 and shape[2] == 1)
-        if image.dtype != np.uint8 or not (grey or (image.ndim == 3 and shape[2] == 3)):
+        pixels = image[..., None] if image.ndim == 2 else image
+        if image.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
             raise UserError(
-                f"an image array is {image.dtype} {list(shape)}; give uint8 [h, w, 3] RGB or "
+                f"an image array is {image.dtype} {list(image.shape)}; give uint8 [h, w, 3] RGB or "
                 "[h, w] grey"
             )
-        image = image.reshape(*shape[:2], 1) if grey else image
-        return np.broadcast_to(image, (*shape[:2], 3)).copy()
+        return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()
     if isinstance(image, Image.Image):
         _check_mode(image, "the image")
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))

@@ -116,16 +116,11 @@ def sheet(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Rows of: the scaled image with the crop's box, the crop, its label in colours (RGB).
 
-    Args:
-      source: random-access examples.
-      augment: the augmentation.
-      labels: its classes; void is white.
-      count: rows.
-      seed: of the draws.
+    The `count` examples are from all over the source; the augmentation is drawn by the seed.
     """
     rows = []
     for number in range(count):
-        example = source[number * len(source) // count % len(source)]  # from all over it
+        example = source[number * len(source) // count % len(source)]
         choice = augment.choose(example["image"].shape[:2], np.random.default_rng([seed, number]))
         top, left, height, width = choice.box
         room = max(choice.size[0], top + height), max(choice.size[1], left + width)
@@ -133,13 +128,10 @@ def sheet(
         scaled = pad_and_crop(scaled, (0, 0, *room), _WHITE).copy()
         cv2.rectangle(scaled, (left, top), (left + width - 1, top + height - 1), (255, 0, 0), 2)
         out = augment.random_map(example, np.random.default_rng([seed, number]))
-        parts = [scaled, out["image"], labels.paint(out["label"], _WHITE)]
-        tall = max(p.shape[0] for p in parts)
-        rows.append(
-            np.concatenate(
-                [pad_and_crop(p, (0, 0, tall, p.shape[1] + 4), _WHITE) for p in parts], 1
-            )
-        )
+        row = [scaled, out["image"], labels.paint(out["label"], _WHITE)]
+        tall = max(x.shape[0] for x in row)
+        row = [pad_and_crop(x, (0, 0, tall, x.shape[1] + 4), _WHITE) for x in row]
+        rows.append(np.concatenate(row, 1))
     wide = max(row.shape[1] for row in rows)
     rows = [pad_and_crop(row, (0, 0, row.shape[0] + 4, wide), _WHITE) for row in rows]
     return np.concatenate(rows)

@@ -126,21 +126,13 @@ def eval_batches(
     }
     for _ in range(batches):
         batch = list(itertools.islice(examples, batch_size))
-        yield _collate(batch + [filling] * (batch_size - len(batch)), largest)
-
-
-def _collate(examples: list[dict], largest: tuple[int, int] | None) -> dict[str, np.ndarray]:
-    sizes = np.array([e["label"].shape for e in examples], np.int32)
-    canvas = canvas_size(np.array([largest]) if largest else sizes)
-    return {
-        "image": np.stack([e["image"] for e in examples]),
-        "label": np.stack([pad_and_crop(e["label"], (0, 0, *canvas), VOID) for e in examples]),
-        "size": sizes,
-        "index": np.array([e["index"] for e in examples], np.int32),
-    }
-
-
-def canvas_size(sizes: np.ndarray) -> tuple[int, int]:
-    """Smallest canvas, in steps of 64 pixels, that holds labels of all these sizes [n 2]."""
-    height, width = (-(-sizes.max(axis=0) // _CANVAS_STEP) * _CANVAS_STEP).tolist()
-    return int(height), int(width)
+        batch += [filling] * (batch_size - len(batch))
+        sizes = np.array([e["label"].shape for e in batch], np.int32)
+        canvas = np.max(sizes if largest is None else [largest], axis=0)
+        canvas = (-(-canvas // _CANVAS_STEP) * _CANVAS_STEP).tolist()
+        yield {
+            "image": np.stack([e["image"] for e in batch]),
+            "label": np.stack([pad_and_crop(e["label"], (0, 0, *canvas), VOID) for e in batch]),
+            "size": sizes,
+            "index": np.array([e["index"] for e in batch], np.int32),
+        }

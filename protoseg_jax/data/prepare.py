@@ -78,8 +78,9 @@ def open_data(config: ml_collections.ConfigDict) -> SegmentationData:
       UserError: unknown name, or data that is missing or wrong.
     """
     module = _module(config)
-    submission = getattr(module, "submission", _label_png)
-    return prepare(module.open(config), config.data.cache, submission)
+    return prepare(
+        module.open(config), config.data.cache, getattr(module, "submission", _label_png)
+    )
 
 
 def labels_of(config: ml_collections.ConfigDict) -> LabelSet:
@@ -92,9 +93,8 @@ def _module(config: ml_collections.ConfigDict) -> types.ModuleType:
     return extensions.find("data.name", config.data.name, "data.sets", needs=("open",))
 
 
-def _label_png(split: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> tuple[str, bytes]:
-    """Predictions of a data set without a format of its own: class numbers as 8-bit grey."""
-    del split
+def _label_png(_: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> tuple[str, bytes]:
+    """Predictions where a data set has no format of its own: class numbers as 8-bit grey."""
     return f"{image_id}.png", images.palette_png(labels)
 
 
@@ -104,10 +104,7 @@ def _label_png(split: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> t
 def prepare(
     dataset: DataSet, cache: str | os.PathLike, submission: Callable = _label_png
 ) -> SegmentationData:
-    """A data set, prepared in the folder `cache` unless it is there; a lock keeps processes apart.
-
-    TFDS writes into a folder of another name and renames it last, so what an interrupted
-    preparation leaves is never taken for finished; the next one removes it.
+    """A data set, prepared in the folder `cache` unless it is there.
 
     Raises:
       UserError: from `DataSet.example`, and nothing is left behind; or the cache cannot be written.
@@ -115,11 +112,19 @@ def prepare(
     root = Path(cache).expanduser() / f"{dataset.name}-{fingerprint(dataset.source)}"
     builder = _Builder(dataset, root)
     if not builder.data_path.exists():
-        with _lock(root.parent):
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            lock = files.hold(root.parent / ".lock", wait=True)
+        except OSError as error:
+            raise UserError(
+                f"data cache {root.parent} cannot be written ({error.strerror}); "
+                f"set data.cache to a folder of yours"
+            ) from error
+        with lock:
             if builder.data_path.exists():  # another process has prepared it meanwhile
                 builder.info.read_from_directory(builder.data_dir)
             else:
-                _write(builder, root)
+                builder.write()
     return SegmentationData(
         name=dataset.name,
         labels=dataset.labels,
@@ -132,19 +137,6 @@ def prepare(
     )
 
 
-def _write(builder: "_Builder", root: Path) -> None:
-    shutil.rmtree(root, ignore_errors=True)
-    print(f"preparing {builder.name} …", file=sys.stderr, flush=True)
-    try:
-        with _quiet():
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
-    except BaseException:
-        shutil.rmtree(root, ignore_errors=True)
-        raise
-
-
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The TFDS builder of a data set, in a folder named after a fingerprint of its source.
 
@@ -155,8 +147,30 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, dataset: DataSet, root: Path):
-        self.name, self._dataset = dataset.name, dataset
+        self.name, self._dataset, self._root = dataset.name, dataset, root
         super().__init__(data_dir=root, file_format="array_record")
+
+    def write(self) -> None:
+        """Prepare the folder, with our own words alone on the terminal.
+
+        TFDS writes into a folder of another name and renames it last, so what an interrupted
+        preparation leaves is never taken for finished; the next one removes it.
+        """
+        shutil.rmtree(self._root, ignore_errors=True)
+        print(f"preparing {self.name} …", file=sys.stderr, flush=True)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        tfds.disable_progress_bar()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.download_and_prepare(
+                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+                )
+        except BaseException:
+            shutil.rmtree(self._root, ignore_errors=True)
+            raise
+        finally:
+            logging.set_verbosity(verbosity)
 
     def _info(self) -> tfds.core.DatasetInfo:
         grey = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
@@ -197,34 +211,6 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.info.metadata["label_size"][split] = size.tolist()
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the cache's lock, which the system releases even when the process is killed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = files.hold(folder / ".lock", wait=True)
-    except OSError as error:
-        raise UserError(
-            f"data cache {folder} cannot be written ({error.strerror}); "
-            f"set data.cache to a folder of yours"
-        ) from error
-    with file:
-        yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, announcements or warnings of TFDS."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
 def fingerprint(source: Iterable[Any]) -> str:
     """Sixteen hex digits that change when any item (by its `repr`) changes."""
     digest = hashlib.sha256(f"format {_FORMAT}\n".encode())
@@ -247,26 +233,16 @@ def file_stamp(path: Path) -> tuple[str, int, int] | Path:
 # -- pairs of image and mask files -------------------------------------------------------------
 
 
-def data_folder(config: ml_collections.ConfigDict, layout: str) -> Path:
-    """The folder `data.dir`, absolute; `layout` says what it must hold.
+def data_folder(config: ml_collections.ConfigDict, layout: str, inside: str = "") -> Path:
+    """The folder `data.dir`, absolute, or one inside it; `layout` says what `data.dir` must hold.
 
     Raises:
       UserError: it is not set, does not exist, or is empty.
     """
+    name = config.data.name
     if not config.data.dir:
-        raise UserError(
-            f"data set {config.data.name!r} needs its folder; set --config.data.dir=PATH"
-        )
-    root = Path(config.data.dir).expanduser().absolute()
-    return require_folder(root, config.data.name, layout)
-
-
-def require_folder(path: Path, name: str, layout: str) -> Path:
-    """A folder of a data set, which must exist and not be empty.
-
-    Raises:
-      UserError: it does not.
-    """
+        raise UserError(f"data set {name!r} needs its folder; set --config.data.dir=PATH")
+    path = Path(config.data.dir).expanduser().absolute() / inside
     if not path.is_dir():
         raise UserError(f"{name}: folder {path} does not exist; data.dir must hold {layout}")
     if not any(path.iterdir()):

@@ -14,7 +14,7 @@ from protoseg_jax import images
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.errors import UserError, reason
 
-_DECODE = {"image": images.decode, "label": images.decode_grey, "parts": images.decode_grey}
+_GREY = {"image": False, "label": True, "parts": True}
 
 
 class Source:
@@ -35,11 +35,9 @@ class Source:
                 f"prepared data {self._folder} cannot be read ({reason(error)}); start the same "
                 "command again to have it prepared again"
             ) from error
-        stored = _DECODE.keys() & builder.info.features.keys()
         # Decoded here, not by TFDS: a bad record then has a name.
-        self._records = builder.as_data_source(
-            split, decoders={name: tfds.decode.SkipDecoding() for name in stored}
-        )
+        skip = {n: tfds.decode.SkipDecoding() for n in _GREY if n in builder.info.features}
+        self._records = builder.as_data_source(split, decoders=skip)
         self._length = len(self._records)
 
     def __reduce__(self) -> tuple:
@@ -59,7 +57,7 @@ class Source:
             raise IndexError(f"example {index} of {self._length}")
         try:
             record = self._records[index]
-            pixels = {name: _DECODE[name](record[name]) for name in record.keys() & _DECODE.keys()}
+            pixels = {n: images.decode(record[n], grey=_GREY[n]) for n in _GREY if n in record}
             return {"image_id": record["image_id"].decode(), **pixels}
         except (ValueError, RuntimeError, IndexError, cv2.error) as error:
             raise UserError(
@@ -88,10 +86,7 @@ class SegmentationData:
     """A prepared data set.
 
     Attributes:
-      name: of the data set.
-      labels: its classes.
-      part_names: names of the part labels, where it has such; else None.
-      drawn: names of the images by split, where the split was drawn at random; else None.
+      name, labels, part_names, drawn: see `prepare.DataSet`.
       splits: number of examples by split.
       folder: the prepared folder, with its version.
       metadata: {"class_pixels": {split: [C]}, "label_size": {split: [2]}}.

@@ -35,10 +35,10 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     for split, folder in _FOLDERS.items():
         if split == "test" and not (root / folder).exists():
             continue
-        images = prepare.images_in(prepare.require_folder(root / folder, "camvid", _LAYOUT))
+        images = prepare.images_in(prepare.data_folder(config, _LAYOUT, folder))
         if not images:
             raise UserError(f"camvid: no .png or .jpg images in {root / folder}; add them")
-        masks = prepare.require_folder(root / f"{folder}annot", "camvid", _LAYOUT)
+        masks = prepare.data_folder(config, _LAYOUT, f"{folder}annot")
         splits[split] = [(stem, path, masks / f"{stem}.png") for stem, path in images.items()]
     return prepare.DataSet(
         name="camvid",

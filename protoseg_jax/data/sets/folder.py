@@ -26,8 +26,8 @@ _ONE_IN = 5  # images is held out
 def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     """The pairs of each split, in the order of its list; `data.void` is their "no label"."""
     root = prepare.data_folder(config, _LAYOUT)
-    masks = prepare.require_folder(root / "masks", "folder", _LAYOUT)
-    images = prepare.images_in(prepare.require_folder(root / "images", "folder", _LAYOUT))
+    masks = prepare.data_folder(config, _LAYOUT, "masks")
+    images = prepare.images_in(prepare.data_folder(config, _LAYOUT, "images"))
     labels, void = generic(_class_names(root / "classes.txt")), int(config.data.void)
     splits, drawn = _listed(root, images), None
     if not splits:

@@ -42,7 +42,7 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     """The sections of each split, in their order in the volume."""
     root = prepare.data_folder(config, _LAYOUT)
     stacked = (root / "train-volume.tif").is_file()
-    sections, used = _stacks(root) if stacked else _folders(root)
+    sections, used = _stacks(root) if stacked else _folders(config)
     if len(sections) < 2:
         raise UserError(
             f"isbi_em: {root} holds {len(sections)} section(s); at least 2 are needed to hold "
@@ -86,17 +86,15 @@ def _stacks(root: Path) -> tuple[list[Section], list[Path]]:
     return sections, [volume, labels]
 
 
-def _folders(root: Path) -> tuple[list[Section], list[Path]]:
+def _folders(config: ml_collections.ConfigDict) -> tuple[list[Section], list[Path]]:
     """As `_stacks`, of one PNG a section."""
-    pictures, labels = (
-        prepare.images_in(prepare.require_folder(root / name, "isbi_em", _LAYOUT))
-        for name in ("image", "label")
-    )
+    folders = [prepare.data_folder(config, _LAYOUT, name) for name in ("image", "label")]
+    pictures, labels = map(prepare.images_in, folders)
     for stem in pictures.keys() ^ labels.keys():
         there, missing = ("label", "image") if stem in labels else ("image", "label")
         raise UserError(
-            f"isbi_em: section {stem!r} of {root} has a file in {there}/ but none in {missing}/; "
-            "add it or remove the other"
+            f"isbi_em: section {stem!r} of {folders[0].parent} has a file in {there}/ but none in "
+            f"{missing}/; add it or remove the other"
         )
     stems = sorted(pictures, key=lambda stem: (len(stem), stem))  # 2 before 10
     sections = [(stem, (pictures[stem], 0), (labels[stem], 0)) for stem in stems]
@@ -108,14 +106,16 @@ def _where(page: Page) -> str:
     return f"section {number} of {path}" if path.suffix == ".tif" else str(path)
 
 
-def _grey(page: Page) -> UInt8[np.ndarray, "h w"]:
-    """A page as 8-bit grey.
+def _grey(page: Page, *, binary: bool = False) -> np.ndarray:
+    """A page as 8-bit grey [h w]; with `binary`, one bit will do.
 
     Raises:
       UserError: its values are colours, or 16-bit and no 8-bit ones (as they are or times 257).
     """
     where = _where(page)
     mode, values = images.read_page(*page, where)
+    if binary and mode == "1":
+        return values
     if values.ndim == 3 and mode in ("RGB", "RGBA"):
         if (values[..., :3] != values[..., :1]).any():
             raise UserError(
@@ -138,9 +138,7 @@ def _grey(page: Page) -> UInt8[np.ndarray, "h w"]:
 
 def _inside(page: Page) -> UInt8[np.ndarray, "h w"]:
     """Labels of a page: 0 membrane, 1 inside."""
-    mode, values = images.read_page(*page, _where(page))
-    if mode != "1":
-        values = _grey(page)
+    values = _grey(page, binary=True)
     found = np.unique(values).tolist()
     if not (set(found) <= {0, 1} or set(found) <= {0, 255}):
         shown = ", ".join(map(str, found[:4])) + (" …" if len(found) > 4 else "")
