@@ -2,14 +2,15 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
-__all__ = ["load"]
+from protoseg_jax.version import __version__
+
+__all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """`load` brings JAX with it only when asked for."""
     if name == "load":
-        from protoseg_jax.api import load
+        from protoseg_jax.explain.model import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

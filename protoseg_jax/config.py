@@ -94,6 +94,12 @@ def default() -> ConfigDict:
     return c
 
 
+def require_row(row: str, rows: tuple[str, ...]) -> None:
+    """Refuse a `--config=FILE:ROW` that the file does not have."""
+    if row not in rows:
+        raise ValueError(f"there is no row {row!r}, but {', '.join(rows)}")
+
+
 # Where a key that a stored config lacks must not take its default.
 _BEFORE = {"model": {"stride_in": "3x3"}}
 

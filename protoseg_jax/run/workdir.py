@@ -19,13 +19,13 @@ from typing import IO, Any
 
 import ml_collections
 
-import protoseg_jax
 from protoseg_jax import config as configs
 from protoseg_jax.data.labels import LabelSet
 from protoseg_jax.devices import backend_description, barrier, is_main
 from protoseg_jax.errors import UserError, full_disk
 from protoseg_jax.files import hold, read_json, write_atomically, write_json
 from protoseg_jax.run.checkpoints import Checkpoints
+from protoseg_jax.version import __version__
 
 # Keys a user may change when a run goes on: paths, logging. (And the steps of unfinished phases.)
 _FREE_KEYS = (
@@ -206,13 +206,13 @@ class Workdir:
 
 def _manifest(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What a run is made with: versions, commit, devices, command, dtype."""
-    root = Path(protoseg_jax.__file__).resolve().parents[1]
+    root = str(Path(__file__).resolve().parents[2])
     commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "protoseg_jax": protoseg_jax.__version__,
+        "protoseg_jax": __version__,
         "python": sys.version.split()[0],
         "versions": {n.replace("-", "."): importlib.metadata.version(n) for n in packages},
         "git_commit": commit.stdout.strip() or None,
