@@ -5,9 +5,17 @@ what it changes of them. Values that may be absent are placeholders, so that the
 command line; groups of phases (`learning_rates`) are data, to which a config adds freely.
 """
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
+
+from protoseg_jax.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+# Where the ready configs lie, installed or in a checkout.
+_READY = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def default() -> ConfigDict:
@@ -92,6 +100,38 @@ def default() -> ConfigDict:
     c.eval_every = 5_000  # validation inside a phase; 0: never
     c.checkpoint_every = 1_000  # 0: at the end of a phase alone
     return c
+
+
+def find(value: str) -> str:
+    """`PATH[:ROW]` of what names a config: that, or `NAME[:ROW]` of a ready one.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    path, colon, row = value.partition(":")
+    ready = [path, *(folder / f"{path}.py" for folder in _READY if path.isidentifier())]
+    found = next((p for p in map(Path, ready) if p.is_file()), None)
+    if found is None:
+        names = {p.stem for folder in _READY for p in folder.glob("*.py")} - {"common"}
+        raise UserError(
+            f"config file {path!r} does not exist; configs/ holds the ready ones: "
+            f"{', '.join(sorted(names))}"
+        )
+    return f"{found}{colon}{row}"
+
+
+def load(value: str) -> ConfigDict:
+    """A config by its file or name, as `--config=VALUE` does, for programs and notebooks.
+
+    Raises:
+      UserError: there is no such file.
+      ValueError: it has no such row.
+    """
+    path, _, row = find(value).partition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*[row] if row else [])
 
 
 def require_row(row: str, rows: tuple[str, ...]) -> None:

@@ -11,15 +11,12 @@ import signal
 import sys
 import types
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from absl import app, flags, logging
 
+from protoseg_jax import config
 from protoseg_jax.errors import UserError, full_disk, one_line
 
-_PACKAGE = Path(__file__).resolve().parent
-# Where the ready configs lie, installed or in a checkout.
-_CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -82,33 +79,15 @@ def exit_with(message: str) -> None:
     sys.exit(2)
 
 
-def find_config(value: str) -> str:
-    """`PATH[:ROW]` of a `--config`, which is that or `NAME[:ROW]` of a ready one.
-
-    Raises:
-      UserError: there is no such file (ml_collections would read it as an empty config).
-    """
-    path, colon, row = value.partition(":")
-    ready = [path, *(folder / f"{path}.py" for folder in _CONFIGS if path.isidentifier())]
-    found = next((p for p in map(Path, ready) if p.is_file()), None)
-    if found is None:
-        names = sorted({p.stem for folder in _CONFIGS for p in folder.glob("[!_]*.py")})
-        raise UserError(
-            f"config file {path!r} does not exist; configs/ holds the ready ones: "
-            f"{', '.join(n for n in names if n != 'common')}"
-        )
-    return f"{found}{colon}{row}"
-
-
 def _with_config(argv: Sequence[str]) -> list[str]:
-    """The arguments, the value of `--config` found."""
+    """The arguments, the file of `--config` found (ml_collections reads none as empty)."""
     found = list(argv)
     for n, argument in enumerate(found):
         if argument in ("--config", "-config"):
-            found[n + 1 : n + 2] = [find_config("".join(found[n + 1 : n + 2]))]
+            found[n + 1 : n + 2] = [config.find("".join(found[n + 1 : n + 2]))]
         elif argument.startswith(("--config=", "-config=")):
             flag, _, value = argument.partition("=")
-            found[n] = f"{flag}={find_config(value)}"
+            found[n] = f"{flag}={config.find(value)}"
     return found
 
 
