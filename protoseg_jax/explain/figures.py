@@ -121,7 +121,7 @@ def draw_figures(
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
         raise UserError(f"figure {', '.join(unknown)} is unknown; there are {', '.join(FIGURES)}")
-    models = [Model(path) for path in (workdir, compare) if path]
+    models = [Model.load(path) for path in (workdir, compare) if path]
     for model in models:
         model.require_prototypes()
     if models[0].classes.names != models[-1].classes.names:
@@ -302,7 +302,7 @@ def _patch(axis, prototype: Prototype, colour: tuple[int, int, int]) -> None:
         return
     top, left, bottom, right = prototype.patch_box
     axis.imshow(picture)
-    axis.add_patch(outline(prototype.patch_box, "white"))
+    axis.add_patch(outline(prototype.patch_box))
     # As large as the others' where an image ends near the patch.
     (y, x), (height, width) = ((top + bottom) / 2, (left + right) / 2), picture.shape[:2]
     half = max(y, x, height - y, width - x)

@@ -189,7 +189,7 @@ class Model(Finished):
             yield Part(corner, cut.shape[:2], own, points)
 
 
-load = Model  # protoseg_jax.load
+load = Model.load  # protoseg_jax.load
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,6 @@ from protoseg_jax.explain.evidence import point_counts
 from protoseg_jax.explain.model import Model, Picture, pictures_at, pictures_of
 from protoseg_jax.inference import cell_box
 from protoseg_jax.models.prototypes import EPSILON
-from protoseg_jax.progress import say
 from protoseg_jax.prototypes import search
 from protoseg_jax.prototypes.prune import NEIGHBOURS
 
@@ -85,7 +84,7 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
       UserError: no run there, it has no prototypes, an image cannot be read, or there are neither
         images nor the data set.
     """
-    model = Model(workdir)
+    model = Model.load(workdir)
     model.require_prototypes()
     target = Path(out) if out else model.workdir.path / "explain"
     _check_target(target)
@@ -168,9 +167,15 @@ def _shown(model: Model, picture: Picture) -> list[Shown]:
 
 def _nearest(model: Model) -> list[list[Nearest]]:
     """Of each prototype the nearest patches in the projection split."""
-    say("searching the training patches nearest to each prototype")
-    experiment = model.experiment
-    patches = search.search(...)
+    experiment, count = model.experiment, len(model.prototypes)
+    patches = search.search(
+        experiment,
+        model.inference,
+        model.checkpoint.variables,
+        search.of_any_class,
+        search.empty(count, NEIGHBOURS, experiment.config.model.features),
+        "training patches nearest to each prototype",
+    )
     examples = experiment.examples(experiment.config.data.projection_split)
     slots = np.argwhere(np.isfinite(patches.squared_distance)).tolist()
     found: dict[tuple[int, int], Nearest] = {}
@@ -182,10 +187,7 @@ def _nearest(model: Model) -> list[list[Nearest]]:
             box = cell_box(*place, model.inference.feature_size, example["image"].shape[:2])
             crop, _ = images.crop_with_context(example["image"], box)
             found[j, k] = crop, int(patches.label[j, k]), example["image_id"]
-    return [
-        [found[j, k] for k in range(NEIGHBOURS) if (j, k) in found]
-        for j in range(len(model.prototypes))
-    ]
+    return [[found[j, k] for k in range(NEIGHBOURS) if (j, k) in found] for j in range(count)]
 
 
 def write(
