@@ -73,13 +73,15 @@ def terms(
       weights: [C], of a point in the cross-entropy by its class; None for the paper's.
 
     Raises:
-      UserError: a term does not exist, has no `make`, or is there twice.
+      UserError: a term does not exist, has no `make` or is there twice, or none is a `Term`.
     """
     modules = [extensions.find("loss.terms", n, "losses", needs=("make",)) for n in config.terms]
     found = [module.make(config, classes, num_classes, weights) for module in modules]
     names = [term.name for term in found]
     if len(set(names)) < len(names):
-        raise UserError(f"loss.terms={tuple(config.terms)} holds a term twice ({', '.join(names)})")
+        raise UserError(f"loss.terms={config.terms} holds a term twice; name each once")
+    if not any(isinstance(term, Term) for term in found):
+        raise UserError(f"loss.terms={config.terms} holds no term of the points; add cross_entropy")
     return found
 
 

@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from protoseg_jax import losses
+from protoseg_jax import config, losses
+from protoseg_jax.errors import UserError
+from protoseg_jax.losses import cross_entropy as ce
+from protoseg_jax.losses import diversity as dj
+from protoseg_jax.losses import l1
+from protoseg_jax.models.protoseg import Output
 
 VOID = 255
 SEEDS = st.integers(0, 2**31 - 1)
@@ -87,7 +92,7 @@ NUM_CLASSES = 5
 B, H, W, M = 3, 6, 5, len(CLASSES)
 
 diversity = jax.jit(
-    functools.partial(losses.diversity, prototype_classes=CLASSES, num_classes=NUM_CLASSES)
+    functools.partial(dj.diversity, prototype_classes=CLASSES, num_classes=NUM_CLASSES)
 )
 
 
@@ -112,13 +117,13 @@ def test_diversity_is_eqs_2_to_5(spread):
     assert present.any() and not present.all()
     assert not present[0, 1] and not present[:, 3].any() and not present[:, 4].any()
     np.testing.assert_allclose(diversity(distances, labels), value, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(losses.diversity_present(labels, CLASSES, NUM_CLASSES), present)
+    np.testing.assert_array_equal(dj.present(labels, CLASSES, NUM_CLASSES), present)
 
 
 def test_diversity_of_disjoint_distributions_is_0():
     distances = np.zeros((1, 1, 2, 2), np.float32)
     distances[0, 0, 0, 0] = distances[0, 0, 1, 1] = 500.0
-    value = losses.diversity(distances, np.zeros((1, 1, 2), int), np.array([0, 0]), 1)
+    value = dj.diversity(distances, np.zeros((1, 1, 2), int), np.array([0, 0]), 1)
     assert float(value[0, 0]) == 0.0
 
 
@@ -126,7 +131,7 @@ def test_distances_are_spread_over_large_ones():
     """Eq. 4 takes the softmax of +‖z − p‖²: the farthest point weighs most."""
     own = jnp.array([[[0.0], [1.0], [3.0]]])
     members = jnp.ones((1, 3, 1), bool)
-    vector = jnp.exp(losses.log_distance_vectors(own, members))[0, :, 0]
+    vector = jnp.exp(dj.log_distance_vectors(own, members))[0, :, 0]
     np.testing.assert_allclose(vector, distance_vector([0.0, 1.0, 3.0]), rtol=1e-6)
     assert vector[2] > vector[1] > vector[0]
 
@@ -174,7 +179,7 @@ def test_orders_do_not_matter(seed):
 def test_prototypes_may_come_in_any_order():
     distances, labels = example(3, 5.0)
     order = np.random.default_rng(0).permutation(M)
-    moved = losses.diversity(distances[..., order], labels, CLASSES[order], NUM_CLASSES)
+    moved = dj.diversity(distances[..., order], labels, CLASSES[order], NUM_CLASSES)
     np.testing.assert_allclose(moved, diversity(distances, labels), atol=1e-6)
 
 
@@ -250,7 +255,7 @@ def test_nearly_alike_prototypes_are_still_pushed_apart():
     distances = rng.uniform(0, 20, (1, 6, 5, 1)) + 1e-3 * rng.uniform(size=(1, 6, 5, 4))
     distances = distances.astype(np.float32)
     labels, classes = np.zeros((1, 6, 5), np.int32), np.zeros(4, int)
-    gradient = jax.grad(lambda d: losses.diversity(d, labels, classes, 1).sum())(distances)
+    gradient = jax.grad(lambda d: dj.diversity(d, labels, classes, 1).sum())(distances)
     expected = np.zeros(distances.shape)
     for index in np.ndindex(distances.shape):
         step = np.zeros(distances.shape)
@@ -268,10 +273,10 @@ def test_low_precision_inputs_are_computed_in_float32():
     assert value.dtype == jnp.float32
     np.testing.assert_array_equal(value, diversity(rounded.astype(jnp.float32), labels))
     logits = jnp.asarray(distances[..., :NUM_CLASSES], jnp.bfloat16)
-    total = losses.cross_entropy_sum(logits, labels)
+    total = ce.cross_entropy_sum(logits, labels)
     assert total.dtype == jnp.float32
-    assert total == losses.cross_entropy_sum(logits.astype(jnp.float32), labels)
-    assert losses.last_layer_l1(jnp.ones((M, 5), jnp.bfloat16), CLASSES).dtype == jnp.float32
+    assert total == ce.cross_entropy_sum(logits.astype(jnp.float32), labels)
+    assert l1.last_layer_l1(jnp.ones((M, 5), jnp.bfloat16), CLASSES).dtype == jnp.float32
 
 
 def test_uint8_labels():
@@ -279,8 +284,8 @@ def test_uint8_labels():
     small = labels.astype(np.uint8)
     np.testing.assert_array_equal(diversity(distances, small), diversity(distances, labels))
     logits = distances[..., :NUM_CLASSES]
-    assert losses.cross_entropy_sum(logits, small) == losses.cross_entropy_sum(logits, labels)
-    assert losses.valid_points(small, NUM_CLASSES) == losses.valid_points(labels, NUM_CLASSES)
+    assert ce.cross_entropy_sum(logits, small) == ce.cross_entropy_sum(logits, labels)
+    assert ce.valid_points(small, NUM_CLASSES) == ce.valid_points(labels, NUM_CLASSES)
 
 
 def test_cross_entropy_is_the_literal_sum():
@@ -288,10 +293,10 @@ def test_cross_entropy_is_the_literal_sum():
     logits = rng.normal(size=(B, H, W, NUM_CLASSES)).astype(np.float32) * 20
     _, labels = example(0)
     total, count = slow_cross_entropy(logits, labels)
-    np.testing.assert_allclose(losses.cross_entropy_sum(logits, labels), total, rtol=1e-5)
-    assert losses.valid_points(labels, NUM_CLASSES) == count
+    np.testing.assert_allclose(ce.cross_entropy_sum(logits, labels), total, rtol=1e-5)
+    assert ce.valid_points(labels, NUM_CLASSES) == count
     check_grads(
-        lambda x: losses.cross_entropy_sum(x, labels),
+        lambda x: ce.cross_entropy_sum(x, labels),
         (jnp.asarray(logits / 20),),
         order=1,
         modes=["rev"],
@@ -305,7 +310,7 @@ def test_class_weights_weigh_points_by_their_class():
     """Against a loop over points; a power of 1 gives every class the same weight in all."""
     _, labels = example(0)
     logits = np.random.default_rng(0).normal(size=(B, H, W, NUM_CLASSES)).astype(np.float32)
-    weights = losses.class_weights(np.array([100, 400, 25, 100, 1600]), 0.5)
+    weights = ce.class_weights(np.array([100, 400, 25, 100, 1600]), 0.5)
     np.testing.assert_allclose(weights, [1.0, 0.5, 2.0, 1.0, 0.25])
     total = weight = 0.0
     for point in np.ndindex(B, H, W):
@@ -314,29 +319,29 @@ def test_class_weights_weigh_points_by_their_class():
             p = np.exp(logits[point]) / np.exp(logits[point]).sum()
             total -= weights[c] * np.log(p[c])
             weight += weights[c]
-    np.testing.assert_allclose(losses.cross_entropy_sum(logits, labels, weights), total, rtol=1e-5)
-    np.testing.assert_allclose(losses.valid_points(labels, NUM_CLASSES, weights), weight, rtol=1e-6)
+    np.testing.assert_allclose(ce.cross_entropy_sum(logits, labels, weights), total, rtol=1e-5)
+    np.testing.assert_allclose(ce.valid_points(labels, NUM_CLASSES, weights), weight, rtol=1e-6)
     pixels = np.array([7, 90, 3000])
-    np.testing.assert_allclose(losses.class_weights(pixels, 1.0) * pixels, 90, rtol=1e-6)
-    np.testing.assert_array_equal(losses.class_weights(pixels, 0.0), 1)
+    np.testing.assert_allclose(ce.class_weights(pixels, 1.0) * pixels, 90, rtol=1e-6)
+    np.testing.assert_array_equal(ce.class_weights(pixels, 0.0), 1)
 
 
 def test_cross_entropy_ignores_void():
     _, labels = example(1)
     logits = np.random.default_rng(1).normal(size=(B, H, W, NUM_CLASSES)).astype(np.float32)
     changed = np.where((labels == VOID)[..., None], np.nan, logits)
-    value, gradient = jax.value_and_grad(losses.cross_entropy_sum)(jnp.asarray(changed), labels)
-    np.testing.assert_allclose(value, losses.cross_entropy_sum(logits, labels), rtol=1e-6)
+    value, gradient = jax.value_and_grad(ce.cross_entropy_sum)(jnp.asarray(changed), labels)
+    np.testing.assert_allclose(value, ce.cross_entropy_sum(logits, labels), rtol=1e-6)
     void = np.full((B, H, W), VOID)
-    assert losses.cross_entropy_sum(changed, void) == 0
-    assert losses.valid_points(void, NUM_CLASSES) == 0
+    assert ce.cross_entropy_sum(changed, void) == 0
+    assert ce.valid_points(void, NUM_CLASSES) == 0
     assert (np.asarray(gradient)[labels == VOID] == 0).all()
     assert np.isfinite(gradient).all()
 
 
 def test_l1_is_the_literal_sum():
     w_h = np.random.default_rng(0).normal(size=(M, NUM_CLASSES)).astype(np.float32)
-    value, gradient = jax.value_and_grad(losses.last_layer_l1)(jnp.asarray(w_h), CLASSES)
+    value, gradient = jax.value_and_grad(l1.last_layer_l1)(jnp.asarray(w_h), CLASSES)
     np.testing.assert_allclose(value, slow_l1(w_h, CLASSES), rtol=1e-6)
     own = CLASSES[:, None] == np.arange(NUM_CLASSES)
     np.testing.assert_array_equal(gradient, np.where(own, 0, np.sign(w_h)))
@@ -344,8 +349,8 @@ def test_l1_is_the_literal_sum():
 
 def total_loss(distances, logits, labels, points, pairs):
     """Eq. 7 with the counts of the global batch."""
-    return losses.cross_entropy_sum(logits, labels) / points + 0.25 * (
-        losses.diversity(distances, labels, CLASSES, NUM_CLASSES).sum() / pairs
+    return ce.cross_entropy_sum(logits, labels) / points + 0.25 * (
+        dj.diversity(distances, labels, CLASSES, NUM_CLASSES).sum() / pairs
     )
 
 
@@ -355,8 +360,8 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     distances, labels = (np.concatenate(x) for x in zip(*parts, strict=True))
     labels[0] = VOID
     logits = np.random.default_rng(0).normal(size=(*labels.shape, NUM_CLASSES))
-    points = losses.valid_points(labels, NUM_CLASSES)
-    pairs = losses.diversity_present(labels, CLASSES, NUM_CLASSES).sum()
+    points = ce.valid_points(labels, NUM_CLASSES)
+    pairs = dj.present(labels, CLASSES, NUM_CLASSES).sum()
     arrays = (jnp.asarray(distances), jnp.asarray(logits, jnp.float32))
     gradient = jax.jit(jax.value_and_grad(total_loss, (0, 1)))
     value, grads = gradient(*arrays, labels, points, pairs)
@@ -373,3 +378,83 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         np.testing.assert_allclose(values.sum(), value, rtol=1e-5)
         for part, whole in zip(part_grads, grads, strict=True):
             np.testing.assert_allclose(part.reshape(whole.shape), whole, atol=1e-7, rtol=1e-5)
+
+
+def loss_config(**changes):
+    c = config.default().loss
+    c.update(changes)
+    return c
+
+
+@pytest.mark.parametrize("reduction", ["present", "all_classes"])
+def test_means_are_eqs_6_and_7_of_every_output(reduction):
+    """Literally, over the batch's points and pairs, and averaged over two outputs."""
+    terms = losses.terms(loss_config(diversity_reduction=reduction), CLASSES, NUM_CLASSES)
+    assert [(t.name, t.weight) for t in terms] == [
+        ("cross_entropy", 1.0),
+        ("diversity", 0.25),
+        ("l1", 1e-4),
+    ]
+    shown, outputs, labels = terms[:2], [], []
+    expected = np.zeros(2)
+    for seed in (0, 1):
+        distances, own = example(seed, 5.0)
+        logits = np.random.default_rng(seed).normal(size=(B, H, W, NUM_CLASSES))
+        outputs.append(Output(None, jnp.asarray(distances), None, jnp.asarray(logits, jnp.float32)))
+        labels.append(own)
+        entropy, points = slow_cross_entropy(logits, own)
+        value, present = slow_diversity(distances, own, CLASSES, NUM_CLASSES)
+        pairs = present.sum() if reduction == "present" else B * NUM_CLASSES
+        expected += np.array([entropy / points, value.sum() / pairs]) / 2
+    counts = [{t.name: t.count(jnp.asarray(own)) for t in shown} for own in labels]
+    found = losses.means(shown, outputs, [jnp.asarray(own) for own in labels], counts)
+    np.testing.assert_allclose(list(found.values()), expected, rtol=1e-5)
+    assert list(found) == ["cross_entropy", "diversity"]
+    w_h = jnp.asarray(np.random.default_rng(0).normal(size=(M, NUM_CLASSES)), jnp.float32)
+    found["l1"] = terms[2].value({"head": {"kernel": w_h}})
+    assert terms[2].phases == ("finetune", "finetune_pruned")
+    total = expected[0] + 0.25 * expected[1] + 1e-4 * slow_l1(w_h, CLASSES)
+    np.testing.assert_allclose(losses.objective(terms, found), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("weight", "classes"), [(0.0, CLASSES), (0.25, np.zeros(0, int))])
+def test_a_term_without_weight_is_not_computed(weight, classes):
+    """Diversity with λ_J = 0, and the black box's, which has no distances."""
+    terms = losses.terms(loss_config(diversity=weight), classes, NUM_CLASSES)[:2]
+    output = Output(None, None, None, jnp.zeros((B, H, W, NUM_CLASSES)))
+    labels = jnp.asarray(example(0)[1])
+    counts = {t.name: t.count(labels) for t in terms}
+    found = losses.means(terms, [output], [labels], [counts])
+    assert found["diversity"] == 0
+    assert found["cross_entropy"] == pytest.approx(np.log(NUM_CLASSES), rel=1e-6)
+
+
+def test_a_term_from_outside_the_package(tmp_path, monkeypatch):
+    """A module anywhere, by its dotted path; its settings are its own keys of config.loss."""
+    (tmp_path / "terms_elsewhere").mkdir()
+    (tmp_path / "terms_elsewhere" / "size.py").write_text(
+        "from protoseg_jax.losses import Term\n"
+        "def make(config, classes, num_classes, weights):\n"
+        "    count, total = lambda y: y.size / 2, lambda o, y: o.features.sum()\n"
+        "    return Term('size', config.size, count, total)\n"
+    )
+    (tmp_path / "terms_elsewhere" / "empty.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    c = loss_config(terms=("cross_entropy", "terms_elsewhere.size"))
+    with c.unlocked():
+        c.size = 2.0
+    term = losses.terms(c, CLASSES, NUM_CLASSES)[1]
+    output, labels = Output(jnp.ones((1, 2, 3, 4)), None, None, None), jnp.zeros((1, 2, 3), int)
+    counts = [{"size": term.count(labels)}]
+    found = losses.means([term], [output], [labels], counts)
+    assert losses.objective([term], found) == 2.0 * 24 / 3
+    for names, words in (
+        (("cross_entropy", "terms_elsewhere.none"), "does not import|is unknown"),
+        (("cross_entropy", "terms_elsewhere.empty"), "has no 'make'"),
+        (("nothing",), "cross_entropy, diversity, l1"),
+        (("l1", "cross_entropy", "l1"), "twice"),
+        (("l1",), "no term of the points"),
+        ((), "no term of the points"),
+    ):
+        with pytest.raises(UserError, match=words):
+            losses.terms(loss_config(terms=names), CLASSES, NUM_CLASSES)
