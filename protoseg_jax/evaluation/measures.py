@@ -64,8 +64,8 @@ class Measure:
     """One measure of one run.
 
     Attributes:
-      step: what one image says, a tree of arrays (on the device). A function that outlives a call
-        compiles once.
+      step: what one image says, a tree of arrays (on the device). Where it is the same function at
+        every call, measuring again compiles nothing.
       finish: the split's figures by key, fractions, None where there is nothing to measure (host).
       summed: whether `finish` gets sums over the images, in 64 bits; else every image's arrays.
       inputs: what to add to a batch: arrays by name, a row an image (host).

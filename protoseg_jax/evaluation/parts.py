@@ -28,36 +28,40 @@ def make(context: Context) -> Measure:
     inference, parts = context.inference, context.experiment.data.part_names
     if not parts:
         return absent("consistency", "stability")
-    examples, num_parts = context.experiment.examples(context.split), len(parts)
-    classes = inference.classes
-    of_class = part_classes(examples, num_parts, inference.num_classes)
+    examples = context.experiment.examples(context.split)
+    of_class = part_classes(examples, len(parts), inference.num_classes)
 
-    def step(seen: Seen) -> dict[str, Array]:
-        centroids, images = seen.batch["centroids"], seen.batch["image"][None]
-        normalised = inference.preprocessing.normalise(images)
-        noise = jax.random.normal(jax.random.split(seen.key, 3)[2], normalised.shape)
-        noisy = inference.model.apply(seen.variables, normalised + NOISE * noise)
-        hits, noisy_hits = (
-            part_hits(similarities, seen.labels, classes, centroids, num_parts)
-            for similarities in (seen.output.similarities, noisy.similarities[0])
-        )
-        visible = (centroids[:, :1] == jnp.arange(num_parts)).any(0)
-        # Elsewhere a prototype could hit nothing, with noise or without.
-        own = (seen.labels[..., None] == classes).any((0, 1))
-        own &= ((of_class[:, None] == classes) & visible[:, None]).any(0)
-        unchanged = ((hits == noisy_hits).all(0) & own).sum()
-        return {"hits": hits, "visible": visible, "unchanged": unchanged, "pairs": own.sum()}
-
-    def inputs(batch: dict[str, np.ndarray]) -> dict[str, Int[np.ndarray, "b n 3"]]:
+    def inputs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = [
             centroids_of(examples[int(n)]["parts"], inference.feature_size) if n >= 0 else []
             for n in batch["index"]
         ]
         room = max(-(-max(map(len, found)) // _CENTROIDS_STEP), 1) * _CENTROIDS_STEP
         filled = [rows + [(-1, 0, 0)] * (room - len(rows)) for rows in found]
-        return {"centroids": np.array(filled, np.int32)}
+        classes = np.tile(of_class.astype(np.int32), (len(found), 1))
+        return {"centroids": np.array(filled, np.int32), "part_classes": classes}
 
-    return Measure(step, lambda sums: figures(sums, classes, of_class), inputs=inputs)
+    return Measure(_step, lambda sums: figures(sums, inference.classes, of_class), inputs=inputs)
+
+
+def _step(seen: Seen) -> dict[str, Array]:
+    """What `figures` wants of one image."""
+    inference, labels, classes = seen.inference, seen.labels, seen.inference.classes
+    centroids, part_classes = seen.batch["centroids"], seen.batch["part_classes"]
+    num_parts = len(part_classes)
+    normalised = inference.preprocessing.normalise(seen.batch["image"][None])
+    noise = jax.random.normal(jax.random.split(seen.key, 3)[2], normalised.shape)
+    noisy = inference.model.apply(seen.variables, normalised + NOISE * noise)
+    hits, noisy_hits = (
+        part_hits(similarities, labels, classes, centroids, num_parts)
+        for similarities in (seen.output.similarities, noisy.similarities[0])
+    )
+    visible = (centroids[:, :1] == jnp.arange(num_parts)).any(0)
+    # Elsewhere a prototype could hit nothing, with noise or without.
+    own = (labels[..., None] == classes).any((0, 1))
+    own &= ((part_classes[:, None] == classes) & visible[:, None]).any(0)
+    unchanged = ((hits == noisy_hits).all(0) & own).sum()
+    return {"hits": hits, "visible": visible, "unchanged": unchanged, "pairs": own.sum()}
 
 
 def part_hits(

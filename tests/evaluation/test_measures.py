@@ -1,18 +1,30 @@
 """The measures against literal NumPy versions; permutations, ranges, N devices = 1 device."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protoseg_jax.data import preprocessing
-from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.config import default
+from protoseg_jax.data.labels import VOID
 from protoseg_jax.devices import DevicePool
-from protoseg_jax.evaluation import interpretability as measures
+from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import (
+    faithfulness,
+    novelty,
+    parts,
+    report,
+    score,
+    sparsity,
+    utilisation,
+)
 from protoseg_jax.inference import Inference
+from protoseg_jax.models import preprocessing
 from protoseg_jax.models.protoseg import Output
 
 CLASSES = np.array([0, 0, 0, 1, 1, 2])  # of the prototypes; class 3 has none
@@ -43,7 +55,7 @@ def slow_wins(similarities, labels):
 @given(SEEDS)
 def test_wins(seed):
     similarities, _, _, labels = example(seed)
-    got = measures.wins(similarities, labels, CLASSES)
+    got = utilisation.wins(similarities, labels, CLASSES)
     np.testing.assert_array_equal(got, slow_wins(similarities, labels))
     assert got.sum() == np.isin(labels, CLASSES).sum()
 
@@ -52,22 +64,22 @@ def test_wins(seed):
 @given(SEEDS)
 def test_prototypes_needed(seed):
     similarities, logits, kernel, _ = example(seed)
-    got = np.asarray(measures.prototypes_needed(similarities, logits, kernel))
+    got = np.asarray(sparsity.prototypes_needed(similarities, logits, kernel))
     for place in np.ndindex(got.shape):
         winner = logits[place].argmax()
-        parts = sorted((x for x in similarities[place] * kernel[:, winner] if x > 0), reverse=True)
+        shares = sorted((x for x in similarities[place] * kernel[:, winner] if x > 0), reverse=True)
         total, count = 0.0, 0
-        while parts and total < 0.95 * sum(parts):
-            total += parts[count]
+        while shares and total < 0.95 * sum(shares):
+            total += shares[count]
             count += 1
         assert got[place] == count
     order = np.random.default_rng(seed).permutation(M)
-    moved = measures.prototypes_needed(similarities[..., order], logits, kernel[order])
+    moved = sparsity.prototypes_needed(similarities[..., order], logits, kernel[order])
     np.testing.assert_array_equal(moved, got)
 
 
 def test_nothing_needed_where_nothing_speaks_for_the_winner():
-    needed = measures.prototypes_needed(np.ones((1, 2)), np.zeros((1, 2)), -np.ones((2, 2)))
+    needed = sparsity.prototypes_needed(np.ones((1, 2)), np.zeros((1, 2)), -np.ones((2, 2)))
     assert needed.tolist() == [0]
 
 
@@ -76,8 +88,8 @@ def test_nothing_needed_where_nothing_speaks_for_the_winner():
 def test_survivors_and_their_orders(seed):
     similarities, logits, kernel, _ = example(seed)
     similarities, logits = (x.reshape(-1, x.shape[-1]) for x in (similarities, logits))
-    order = np.asarray(measures.by_margin(similarities, kernel))
-    got = np.asarray(measures.survivors(similarities, kernel, order))
+    order = np.asarray(faithfulness.by_margin(similarities, kernel))
+    got = np.asarray(faithfulness.survivors(similarities, kernel, order))
     assert got.shape == (len(similarities), M + 1)
     for point, values in enumerate(similarities):
         first, second = np.argsort(-logits[point])[:2]
@@ -103,6 +115,9 @@ def slow_hits(similarities, labels, centroids):
     return hits
 
 
+part_hits = jax.jit(functools.partial(parts.part_hits, prototype_classes=CLASSES, num_parts=K))
+
+
 @settings(max_examples=30, deadline=None)
 @given(SEEDS)
 def test_part_hits(seed):
@@ -110,33 +125,44 @@ def test_part_hits(seed):
     rng = np.random.default_rng(seed)
     centroids = [(rng.integers(K), rng.integers(6), rng.integers(7)) for _ in range(9)]
     padded = np.array([*centroids, (-1, 0, 0), (-1, 0, 0)])
-    got = measures.part_hits(similarities, labels, CLASSES, padded, K)
+    got = part_hits(similarities, labels, centroids=padded)
     np.testing.assert_array_equal(got, slow_hits(similarities, labels, centroids))
 
 
 def test_centroids_of_components():
-    parts = np.zeros((20, 40), np.uint8)
-    parts[2:5, 3:8] = 2  # middle (3, 5)
-    parts[10:19, 30:33] = 2  # middle (14, 31)
-    parts[0, 39] = 4
-    parts[6] = VOID
-    found = measures.centroids_of(parts, (5, 10))
+    image = np.zeros((20, 40), np.uint8)
+    image[2:5, 3:8] = 2  # middle (3, 5)
+    image[10:19, 30:33] = 2  # middle (14, 31)
+    image[0, 39] = 4
+    image[6] = VOID
+    found = parts.centroids_of(image, (5, 10))
     assert sorted(found) == [(1, 0, 1), (1, 3, 7), (3, 0, 9)]
-    assert measures.centroids_of(np.zeros((3, 3), np.uint8), (2, 2)) == []
+    assert parts.centroids_of(np.zeros((3, 3), np.uint8), (2, 2)) == []
 
 
 class Model:
     """Features are block means of the image; prototypes are points of colour space."""
 
     prototypes = np.random.default_rng(5).uniform(-1, 1, (M, 3)).astype(np.float32)
+    seen = 0  # how often it was traced
 
     def apply(self, variables, images):
+        self.seen += 1
         b, h, w, _ = images.shape
         features = images.reshape(b, h // 4, 4, w // 4, 4, 3).mean((2, 4))
         distances = jnp.square(features[..., None, :] - self.prototypes).sum(-1)
         similarities = jnp.log((distances + 1) / (distances + 1e-4))
         kernel = variables["params"]["head"]["kernel"]
         return Output(features, distances, similarities, similarities @ kernel)
+
+    def init_with_output(self, key, images, method):
+        return [self.apply(CHECKPOINT.variables, images)], None
+
+
+MODEL = Model()  # one, so that what is compiled for it is shared
+CHECKPOINT = SimpleNamespace(
+    variables={"params": {"head": {"kernel": example(0)[2]}}}, prototypes=CLASSES
+)
 
 
 def split(count=5, size=(24, 28), seed=0):
@@ -146,10 +172,10 @@ def split(count=5, size=(24, 28), seed=0):
     for _ in range(count):
         blocks = rng.choice([0, 1, 2, 3, VOID], (6, 7), p=[0.3, 0.25, 0.2, 0.15, 0.1])
         label = blocks.repeat(4, 0).repeat(4, 1).astype(np.uint8)
-        parts = np.where(label < 2, rng.integers(0, 3, (6, 7)).repeat(4, 0).repeat(4, 1), 0)
-        parts = np.where((label == 1) & (parts > 0), parts + 2, parts).astype(np.uint8)
+        own = np.where(label < 2, rng.integers(0, 3, (6, 7)).repeat(4, 0).repeat(4, 1), 0)
+        own = np.where((label == 1) & (own > 0), own + 2, own).astype(np.uint8)
         image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-        source.append({"image": image, "label": label, "parts": parts})
+        source.append({"image": image, "label": label, "parts": own})
     batches = []
     for start in range(0, count, 4):
         numbers = [n if n < count else -1 for n in range(start, start + 4)]
@@ -165,45 +191,46 @@ def split(count=5, size=(24, 28), seed=0):
     return source, batches
 
 
-def measured(devices, void=VOID, **changes):
-    """All measures of the split, the labels of a class made void."""
+def experiment(devices, void=VOID, part_names=("a", "b", "c", "d", "e"), names=None, model=MODEL):
+    """The split as an experiment, the labels of a class made void."""
     source, batches = split()
     for batch in batches:
         batch["label"][batch["label"] == void] = VOID
-    inference = Inference(Model(), preprocessing.from_config(imagenet()), (24, 28))
-    kernel = example(0)[2]
-    part_classes = measures.part_classes(source, K, C)
-    return measures.measures(
-        DevicePool(jax.local_devices()[:devices]),
-        inference,
-        {"params": {"head": {"kernel": kernel}}},
-        measures.with_centroids(batches, source, (6, 7)),
-        prototype_classes=CLASSES,
-        part_classes=part_classes,
-        **changes,
+    normalise = preprocessing.KNOWN["imagenet"]
+    config = default()
+    config.measures = names or config.measures
+    return SimpleNamespace(
+        pool=DevicePool(jax.local_devices()[:devices]),
+        config=config,
+        held_out=None,
+        data=SimpleNamespace(part_names=part_names),
+        examples=lambda split: source,
+        eval_batches=lambda split, held_out=False: batches,
+        inference=lambda classes: Inference(model, normalise, (24, 28), tuple(classes), C),
     )
 
 
-def imagenet():
-    return ml_collections.ConfigDict({"model": {"preprocessing": "imagenet"}})
+def measured(devices, held_out=None, **changes):
+    """All measures of the split."""
+    return score.measure(experiment(devices, **changes), CHECKPOINT, "validation", novel=held_out)
 
 
 def test_a_whole_split_against_a_literal_pass():
     """All measures but the sampled ones, image after image in NumPy; a filling counts nothing."""
     source, _ = split()
-    kernel = example(0)[2]
-    normalise = preprocessing.from_config(imagenet()).normalise
+    kernel = CHECKPOINT.variables["params"]["head"]["kernel"]
+    normalise = preprocessing.KNOWN["imagenet"].normalise
     counts, needed, hits = np.zeros(M, int), [], np.zeros((K, M), int)
     visible, novelty, held = np.zeros(K, int), [], []
     for item in source:
         normalised = normalise(item["image"][None])
-        output = Model().apply({"params": {"head": {"kernel": kernel}}}, normalised)
+        output = MODEL.apply(CHECKPOINT.variables, normalised)
         output = jax.tree.map(lambda x: np.asarray(x[0]), output)
         labels = item["label"][2::4, 2::4]
         counts += slow_wins(output.similarities, labels)
-        here = np.asarray(measures.prototypes_needed(output.similarities, output.logits, kernel))
+        here = np.asarray(sparsity.prototypes_needed(output.similarities, output.logits, kernel))
         needed += here[(labels != VOID) & (labels != 3)].tolist()  # 3 is held out
-        centroids = measures.centroids_of(item["parts"], (6, 7))
+        centroids = parts.centroids_of(item["parts"], (6, 7))
         hits += slow_hits(output.similarities, labels, centroids)
         visible[list({part for part, _, _ in centroids})] += 1
         novelty += output.distances.min(-1)[labels != VOID].tolist()
@@ -216,7 +243,7 @@ def test_a_whole_split_against_a_literal_pass():
         entropies.append(-sum(p * np.log(p) for p in share if p) / np.log(len(share)))
     assert got["utilisation"] == pytest.approx(np.mean(entropies))
     assert got["sparsity"] == pytest.approx(np.mean([n for n in needed if n]))
-    part_classes = measures.part_classes(source, K, C)
+    part_classes = parts.part_classes(source, K, C)
     assert part_classes.tolist() == [0, 0, 1, 1, -1]
     consistent = [
         any(hits[k, j] > 0.8 * visible[k] for k in range(K) if visible[k])
@@ -239,34 +266,94 @@ def test_devices_do_not_matter():
     assert one.keys() == four.keys()
     for key, value in one.items():
         assert value == pytest.approx(four[key]), key
+    one, four = (score.evaluate(experiment(n), CHECKPOINT, "validation") for n in (1, 4))
+    assert one["iou"] == four["iou"] and 0 < one["overlap"] < 1
+    for key in ("miou", "overlap", "overlap_pooled"):
+        assert one[key] == pytest.approx(four[key])
 
 
-@pytest.mark.slow
+def test_the_network_is_asked_once_and_measuring_again_compiles_nothing():
+    model = Model()
+    changes = {"names": ("sparsity", "parts"), "model": model}
+    measured(1, **changes)
+    assert model.seen == 3  # also for the noisy image of stability, and the size of the map
+    score.evaluate(experiment(1, model=model), CHECKPOINT, "validation", overlap=False)
+    assert model.seen == 4
+    measured(1, **changes)
+    again = score.evaluate(experiment(1, model=model), CHECKPOINT, "validation", overlap=False)
+    assert model.seen == 5  # the size of the map
+    assert [*again][-2:] == ["overlap", "overlap_pooled"] and again["overlap"] is None
+
+
 def test_without_noise_all_is_stable(monkeypatch):
-    monkeypatch.setattr(measures, "NOISE", 0.0)
-    assert measured(1)["stability"] == 1.0
-    monkeypatch.setattr(measures, "NOISE", 3.0)
-    assert measured(1)["stability"] < 1.0
+    for noise in (0.0, 3.0):
+        monkeypatch.setattr(parts, "NOISE", noise)
+        stability = measured(1, names=("parts",), model=Model())["stability"]
+        assert stability == 1.0 if noise == 0 else stability < 1.0
 
 
 def test_utilisation_is_1_when_shared_alike_and_0_when_one_wins_all():
-    zero, curve = np.zeros(()), np.zeros(M + 1)
-    wins = np.array([5, 5, 5, 8, 0, 3])
-    sums = measures.Sums(wins, zero, zero, curve, curve, np.ones(()), *[zero] * 4)
-    result = measures.from_sums(sums, CLASSES, np.zeros(0, int))
+    result = utilisation.figures(np.array([5, 5, 5, 8, 0, 3]), CLASSES)
     assert result["utilisation"] == pytest.approx((1.0 + 0.0) / 2)
-    assert result["unused"] == 1 and result["sparsity"] is None
-    assert result["consistency"] is None and result["stability"] is None
-    names = [name for name, _ in measures.table(result)]
-    assert "consistency" not in names and "utilisation" in names
+    assert result["unused"] == 1
 
 
 def test_nothing_is_measured_where_no_point_has_a_class():
-    zero, curve, wins = np.zeros((), int), np.zeros(M + 1, int), np.zeros(M, int)
-    sums = measures.Sums(wins, zero, zero, curve, curve, *[zero] * 5)
-    result = measures.from_sums(sums, CLASSES, np.zeros(0, int))
-    assert result.pop("wins") == [0] * M and result.pop("unused") == M
-    assert set(result.values()) == {None}
+    result = utilisation.figures(np.zeros(M, int), CLASSES)
+    assert result == {"utilisation": None, "unused": M, "wins": [0] * M}
+    assert sparsity.make(None).finish((0, 0)) == {"sparsity": None}
+    curve = np.zeros(M + 1, int)
+    assert set(faithfulness.figures((curve, curve, 0)).values()) == {None}
+    sums = {"hits": np.zeros((1, M)), "visible": np.zeros(1), "unchanged": 0, "pairs": 0}
+    assert parts.figures(sums, CLASSES, np.array([0])) == {"consistency": 0.0, "stability": None}
+    assert set(parts.figures(sums, CLASSES, np.array([-1])).values()) == {None}
+
+
+def test_without_parts_there_is_no_consistency():
+    result = measured(1, part_names=None)
+    assert result["consistency"] is None and result["stability"] is None
+    assert "novelty_auroc" not in result
+    lines = report.measure_lines(result, default().measures)
+    assert not [x for x in lines if x.startswith(("consistency", "stability", "novelty"))]
+    assert lines[0] == f"utilisation  {100 * result['utilisation']:.2f} %"
+
+
+MINE = """
+from protoseg_jax.evaluation.measures import Measure
+
+TITLES = (("red", "redness", 100),)
+
+def make(context):
+    def step(seen):
+        image = seen.batch["image"][..., 0] / 255
+        return {"red": (image * (seen.batch["index"] >= 0)).sum(), "pixels": seen.batch["twice"]}
+
+    def inputs(batch):
+        return {"twice": 2 * (batch["index"] >= 0) * batch["label"][0].size}
+
+    return Measure(step, lambda sums: {"red": 2 * sums["red"] / sums["pixels"]}, inputs=inputs)
+"""
+
+
+def test_a_measure_is_one_file_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "my_measures").mkdir()
+    (tmp_path / "my_measures" / "redness.py").write_text(MINE)
+    (tmp_path / "my_measures" / "empty.py").write_text("TITLES = ()")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("sparsity", "my_measures.redness")
+    result = measured(2, names=names)
+    assert [*result] == ["sparsity", "red"]
+    expected = np.mean([example["image"][..., 0] / 255 for example in split()[0]])
+    assert result["red"] == pytest.approx(expected)
+    assert report.measure_lines(result, names)[1] == f"redness  {100 * expected:.2f} %"
+    for name, words in {
+        "my_measures.empty": "has no 'make'",
+        "my_measures.absent": "unknown|does not import",
+        "sparsly": "unknown; choose one of .*sparsity",
+        "score": "has no 'TITLES'",
+    }.items():
+        with pytest.raises(UserError, match=f"measures='{name}'.*({words})"):
+            measured(1, names=(name,))
 
 
 def test_a_held_out_class_counts_for_novelty_alone():
@@ -280,5 +367,5 @@ def test_a_held_out_class_counts_for_novelty_alone():
 def test_auroc_counts_pairs(pairs):
     scores, positive = np.array([s for s, _ in pairs]), np.array([p for _, p in pairs])
     wins = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
-    got = measures.auroc(scores, positive)
+    got = novelty.auroc(scores, positive)
     assert got == (pytest.approx(np.mean(wins)) if wins else None)

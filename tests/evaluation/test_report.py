@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from configs import isbi_em, pascal
-from protoseg_jax import tables
+from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import report
 
 
 def make_run(
@@ -56,21 +57,21 @@ def cells(text, *words):
 
 def test_figures_are_in_their_places(tmp_path):
     runs = [
-        tables.read(make_run(tmp_path, "a", "voc", 0.60)),
-        tables.read(make_run(tmp_path, "b", "voc", 0.62)),
-        tables.read(make_run(tmp_path, "c", "voc", 0.70, head="linear")),
-        tables.read(make_run(tmp_path, "d", "cityscapes", 0.5, diversity=0.0)),
-        tables.read(make_run(tmp_path, "e", "cityscapes", 0.4, preprocessing="caffe")),
-        tables.read(make_run(tmp_path, "f", "isbi_em", 0.7)),
+        report.read(make_run(tmp_path, "a", "voc", 0.60)),
+        report.read(make_run(tmp_path, "b", "voc", 0.62)),
+        report.read(make_run(tmp_path, "c", "voc", 0.70, head="linear")),
+        report.read(make_run(tmp_path, "d", "cityscapes", 0.5, diversity=0.0)),
+        report.read(make_run(tmp_path, "e", "cityscapes", 0.4, preprocessing="caffe")),
+        report.read(make_run(tmp_path, "f", "isbi_em", 0.7)),
     ]
-    text = tables.tables(runs)
+    text = report.tables(runs)
     assert cells(text, "Pascal", "ProtoSeg, ImageNet")[2:] == ["72.05", "72.92", "66.00 ± 1.41"]
     assert cells(text, "Pascal", "DeepLabv2")[-1] == "71.00"
-    assert cells(text, "Pascal", "ProtoSeg, COCO")[-1] == tables.NOT_RUN
+    assert cells(text, "Pascal", "ProtoSeg, COCO")[-1] == report.NOT_RUN
     assert cells(text, "Cityscapes", "ProtoSeg, COCO")[-1] == "45.00"
     assert cells(text, "Cityscapes", "| 0 |")[2:] == ["57.99", "25.00", "61.60", "55.00"]
     assert cells(text, "Pascal", "`finetune`")[3:] == ["201", "197 ± 0", "72.00", "64.00 ± 1.41"]
-    assert cells(text, "Cityscapes", "`warmup`")[4] == tables.NOT_RUN
+    assert cells(text, "Cityscapes", "`warmup`")[4] == report.NOT_RUN
     assert cells(text, "ProtoSeg (U-Net)")[1:] == ["76.58", "75.00", "5.40", "5.00"]
 
 
@@ -80,49 +81,87 @@ def test_a_run_that_started_from_another_does_not_stand_beside_the_paper(tmp_pat
     config = json.loads(path.read_text())
     config["pretrained"]["path"] = "runs/black.box"
     path.write_text(json.dumps(config))
-    run = tables.read(folder)
+    run = report.read(folder)
     assert run.row == ("isbi_em", "other")
     assert run.deviations == ["it started from run runs/black.box"]
 
 
-def test_a_shortened_run_does_not_stand_beside_the_paper(tmp_path):
+def test_a_shortened_run_does_not_stand_beside_the_paper(tmp_path, capsys):
     folder = make_run(tmp_path, "smoke", "voc", 0.9, steps=3)
-    command = [sys.executable, "-m", "protoseg_jax.tables", folder]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "90.0" not in result.stdout and "95.0" not in result.stdout
-    assert f"{folder} is of no row (phases.joint.steps is 3, not 30000)" in result.stdout
+    report.print_tables([folder])
+    text = capsys.readouterr().out
+    assert "90.0" not in text and "95.0" not in text
+    assert f"{folder} is of no row (phases.joint.steps is 3, not 30000)" in text
 
 
 def test_without_runs_nothing_is_claimed():
-    text = tables.tables([])
-    assert text.count(tables.NOT_RUN) == 6 + 2 * 4 + 2 * 8 + 2 * 2
+    text = report.tables([])
+    assert text.count(report.NOT_RUN) == 6 + 2 * 4 + 2 * 8 + 2 * 2
 
 
-@pytest.mark.parametrize(("arguments", "words"), [([], "no run given"), (["/nowhere"], "no run")])
-def test_bad_folders_are_one_line(arguments, words):
-    command = [sys.executable, "-m", "protoseg_jax.tables", *arguments]
+@pytest.mark.parametrize(("folders", "words"), [([], "no run given"), (["/nowhere"], "no run")])
+def test_bad_folders_are_one_line(folders, words):
+    with pytest.raises(UserError, match=words) as error:
+        report.print_tables(folders)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_command_says_so_with_exit_code_2():
+    command = [sys.executable, "-m", "protoseg_jax", "tables", "/nowhere"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and words in result.stderr
+    assert result.returncode == 2 and "no run" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_the_command_tells_what_counts_for_nothing(tmp_path):
-    folder = make_run(tmp_path, "a", "parts", 0.5)
-    command = [sys.executable, "-m", "protoseg_jax.tables", folder]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"{folder} is of no row (parts, imagenet)" in result.stdout
+def test_what_counts_for_nothing_is_told(tmp_path, capsys):
+    folders = [make_run(tmp_path, "a", "parts", 0.5), make_run(tmp_path, "b", "voc", 0.5)]
+    summary = tmp_path / "b" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text())[:2]))
+    report.print_tables(folders)
+    text = capsys.readouterr().out
+    assert f"{folders[0]} is of no row (parts, imagenet)" in text
+    assert f"{folders[1]} is not finished (warmup, joint)." in text
+
+
+def test_the_tables_of_a_run_in_text():
+    """Stages, classes and a change; dashes where there is nothing."""
+    entry = {"num_prototypes": 8, "miou": 0.5, "pixel_error": 0.125, "overlap": None}
+    text = report.stage_table([{"phase": "joint", **entry, "seconds": 3725.4}])
+    assert text.splitlines() == [
+        "stage  prototypes  mIoU %  error %  overlap %     time",
+        "─────  ──────────  ──────  ───────  ─────────  ───────",
+        "joint           8   50.00    12.50          –  1:02:05",
+    ]
+    scores = {"iou": {"sky": 0.75, "car": None}, "miou": 0.75, "pixel_accuracy": 0.5}
+    text = report.class_table({**scores, "overlap": 0.25, "overlap_pooled": 0.2}, ("sky", "car"))
+    assert [line.rsplit(maxsplit=1) for line in text.splitlines()[2:]] == [
+        ["sky", "75.00"],
+        ["car", "–"],
+        ["mean", "75.00"],
+        ["pixel accuracy", "50.00"],
+        ["overlap", "25.00"],
+    ]
+    before = {"iou": [0.5, None], "miou": 0.5, "pixel_accuracy": 0.75}
+    after = {"iou": [0.25, 0.5], "miou": 0.375, "pixel_accuracy": 0.8}
+    text = report.change_table(before, after, ("sky", "car"))
+    assert [line.split()[-3:] for line in text.splitlines()[2:]] == [
+        ["50.00", "25.00", "-25.00"],
+        ["–", "50.00", "–"],
+        ["50.00", "37.50", "-12.50"],
+        ["75.00", "80.00", "+5.00"],
+    ]
 
 
 def test_measures_of_explanations_have_a_table(tmp_path):
     """Mean and deviation over the runs of a data set and λ_J that were measured."""
     folders = [make_run(tmp_path, name, "parts", 0.5) for name in "abc"]
-    assert "Measures" not in tables.tables([tables.read(f) for f in folders])
+    assert "Measures" not in report.tables([report.read(f) for f in folders])
     for folder, sparsity in zip(folders[:2], (2.0, 4.0), strict=True):
         path = tmp_path / folder / "eval" / "validation-finetune_pruned.json"
         path.parent.mkdir()
         found = {"utilisation": 0.5, "unused": 3, "sparsity": sparsity, "consistency": None}
         path.write_text(json.dumps({"phase": "finetune_pruned", "interpretability": found}))
-    text = tables.tables([tables.read(f) for f in folders])
+    text = report.tables([report.read(f) for f in folders])
     row = cells(text, "parts", "0.25")
     assert row[:5] == ["parts", "0.25", "50.00 ± 0.00", "3.00 ± 0.00", "3.00 ± 1.41"]
     assert row[6] == "–"
@@ -130,6 +169,6 @@ def test_measures_of_explanations_have_a_table(tmp_path):
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     config["data"]["held_out"] = "car"
     (tmp_path / "b" / "config.json").write_text(json.dumps(config))
-    text = tables.tables([tables.read(f) for f in folders])
+    text = report.tables([report.read(f) for f in folders])
     assert cells(text, "parts |", "0.25")[4] == "2.00"
     assert cells(text, "parts without car", "0.25")[4] == "4.00"
