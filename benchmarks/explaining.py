@@ -7,32 +7,34 @@ page holds ten images of 512² with 65×65 points, and 210 prototypes from as ma
 """
 
 import argparse
+import dataclasses
 import pathlib
-import sys
 import tempfile
 import time
 
+import browser
+import cv2
 import jax
 import jax.numpy as jnp
+import machine
+import ml_collections
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "explain")]
-
-import browser  # noqa: E402
-import cv2  # noqa: E402
-import machine  # noqa: E402
-
-from configs import cityscapes, pascal  # noqa: E402
-from protoseg_jax import api  # noqa: E402
-from protoseg_jax.data import label_sets  # noqa: E402
-from protoseg_jax.explain import explorer, figures  # noqa: E402
-from protoseg_jax.inference import from_config  # noqa: E402
-from protoseg_jax.models.prototypes import equal_blocks  # noqa: E402
-from protoseg_jax.workdir import Checkpoint, Workdir, write_json  # noqa: E402
+from protoseg_jax import config as configs
+from protoseg_jax import images
+from protoseg_jax.data.labels import LabelSet
+from protoseg_jax.data.sets import cityscapes, voc
+from protoseg_jax.explain.model import Model, infer, load
+from protoseg_jax.explain.page import Shown, write
+from protoseg_jax.files import write_atomically, write_json
+from protoseg_jax.inference import from_config
+from protoseg_jax.models.prototypes import equal_blocks
+from protoseg_jax.run import prototypes as records
+from protoseg_jax.run.checkpoints import Checkpoint
+from protoseg_jax.run.workdir import Workdir
 
 REPEATS = 3
-IMAGES, PROTOTYPES, CLASSES, FEATURES, POINTS = 10, 210, 21, 64, (65, 65)
+IMAGES, POINTS = 10, (65, 65)
 
 
 def picture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -46,24 +48,24 @@ def picture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def made_up_run(folder: pathlib.Path, config, classes: label_sets.LabelSet) -> api.Model:
+def made_up_run(
+    folder: pathlib.Path, config: ml_collections.ConfigDict, classes: LabelSet
+) -> Model:
     """A run that has come to its joint phase, with random weights."""
     config.model.stride_in, config.model.preprocessing = "3x3", "imagenet"
-    count = len(classes) * config.model.prototypes_per_class
-    inference = from_config(config, len(classes), count)
+    owners = equal_blocks(len(classes) * config.model.prototypes_per_class, len(classes))
+    inference = from_config(config, len(classes), tuple(owners.tolist()))
     image = np.zeros((1, 65, 65, 3), np.uint8)
     image = inference.preprocessing.normalise(jnp.array(image))
     variables = jax.device_get(jax.jit(inference.model.init)(jax.random.key(0), image))
     arrays = {"params": variables["params"], "frozen": variables.get("frozen", {})}
-    owners = equal_blocks(count, len(classes)).tolist()
-    prototypes = [{"index": j, "class": c} for j, c in enumerate(owners)]
     workdir = Workdir(folder)
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json())
     write_json(folder / "classes.json", vars(classes))
-    workdir.save(Checkpoint("joint", 1, True, arrays, prototypes))
-    workdir.wait()
-    return api.load(folder)
+    workdir.checkpoints.save(Checkpoint("joint", 1, True, arrays, records.new(owners)))
+    workdir.checkpoints.wait()
+    return load(folder)
 
 
 def seconds(work) -> float:
@@ -81,8 +83,8 @@ def explain_rows(scratch: pathlib.Path) -> list[str]:
     """Seconds to explain an image, and to ask for a pixel of it."""
     rng, rows = np.random.default_rng(0), []
     for name, config, classes, size in (
-        ("Pascal (MSC, 513²)", pascal.get_config(), label_sets.VOC, (512, 512)),
-        ("Cityscapes", cityscapes.get_config(), label_sets.CITYSCAPES, (1024, 2048)),
+        ("Pascal (MSC, 513²)", configs.load("pascal"), voc.LABELS, (512, 512)),
+        ("Cityscapes", configs.load("cityscapes"), cityscapes.LABELS, (1024, 2048)),
     ):
         model = made_up_run(scratch / classes.names[0], config, classes)
         image = picture(rng, size)
@@ -90,7 +92,7 @@ def explain_rows(scratch: pathlib.Path) -> list[str]:
         segment = seconds(lambda model=model, image=image: model.segment(image))
         forward = seconds(
             lambda model=model, image=image: jax.block_until_ready(
-                model._infer(model._variables, model.inference.prepare(image)).logits
+                infer(model.inference, model.checkpoint.variables, model.inference.prepare(image))
             )
         )
         why = model.explain(image)
@@ -104,37 +106,35 @@ def explain_rows(scratch: pathlib.Path) -> list[str]:
 
 
 def page(folder: pathlib.Path) -> pathlib.Path:
-    """The largest page the limits are set for."""
+    """The largest page the limits are set for: of a narrow network, which does not show."""
     rng = np.random.default_rng(0)
-    vectors = rng.random((PROTOTYPES, FEATURES), np.float32)
-    kernel = rng.normal(0, 0.3, (PROTOTYPES, CLASSES)).astype(np.float32)
-    owners = equal_blocks(PROTOTYPES, CLASSES).tolist()
-    cards = []
-    for j, c in enumerate(owners):
+    config = configs.load("pascal")
+    config.model.update({"depth": 14, "width": 8, "norm": "group", "msc": ()})
+    model = made_up_run(folder / "benchmark", config, voc.LABELS)
+    where = folder / "benchmark" / "prototypes"
+    prototypes, nearest = [], []
+    for p in model.prototypes:
         image, box = picture(rng, (375, 500)), [96, 104, 104, 112]
-        figures.save_source(folder / "sources" / f"{j}.jpg", image)
-        patch, inner = figures.crop_with_context(image, box)
-        card = explorer.PrototypeCard(
-            index=j, class_=c, image_id=f"2008_{j:06d}", box=box, source_size=image.shape[:2],
-            patch=patch, patch_box=inner, source=folder / "sources" / f"{j}.jpg", share=1 / 210,
-            nearest=[(patch, c, f"2008_{k:06d}") for k in range(6)],
-        )  # fmt: skip
-        cards.append(card)
+        patch, _ = images.crop_with_context(image, box)
+        write_atomically(where / "sources" / f"{p.index}.jpg", images.encode(image, ".jpg", 90))
+        write_atomically(where / f"{p.index:03d}.png", images.encode(patch))
+        home = {"source_file": f"{p.index}.jpg", "source_size": image.shape[:2]}
+        p = dataclasses.replace(p, image_id=f"2008_{p.index:06d}", box=box, **home)
+        prototypes.append(p)
+        nearest.append([(patch, p.class_, f"2008_{k:06d}") for k in range(6)])
+    model.prototypes = prototypes
+    features, count = config.model.features, len(prototypes)
     shown = []
     for n in range(IMAGES):
         image = picture(rng, (512, 512))
-        coarse = rng.integers(0, CLASSES, (12, 12), np.uint8)
+        coarse = rng.integers(0, len(voc.LABELS), (12, 12), np.uint8)
         labels = cv2.resize(coarse, (512, 512), interpolation=cv2.INTER_NEAREST)
-        features = rng.random((*POINTS, FEATURES), np.float32)
-        similarities = np.zeros((*POINTS, PROTOTYPES), np.float32)
-        shown.append(
-            explorer.Shown(f"image {n}", image, labels, labels, features, similarities, [])
-        )
-    explorer.write(
-        folder / "explain", title="benchmark", facts=[], notes=[], classes=label_sets.VOC,
-        vectors=vectors, kernel=kernel, similarity="log", cards=cards, images=shown,
-    )  # fmt: skip
-    return folder / "explain" / "index.html"
+        points = rng.random((*POINTS, features), np.float32)
+        similarities = np.zeros((*POINTS, count), np.float32)
+        shown.append(Shown(f"image {n}", image, labels, labels, points, similarities, []))
+    out, shares = folder / "explain", [1 / count] * count
+    write(out, model, facts=[], notes=[], shares=shares, nearest=nearest, shown=shown)
+    return out / "index.html"
 
 
 def page_rows(folder: pathlib.Path) -> list[str]:

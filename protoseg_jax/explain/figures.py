@@ -14,6 +14,7 @@ colours are Okabe and Ito's where they are ours to choose.
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from matplotlib.figure import Figure
 from protoseg_jax.data.labels import LabelSet, palette
 from protoseg_jax.errors import UserError
 from protoseg_jax.explain.evidence import point_counts
-from protoseg_jax.explain.model import Model, Picture, pictures_at, pictures_of
+from protoseg_jax.explain.model import Model, Picture
 from protoseg_jax.files import write_atomically
 from protoseg_jax.images import file_name, resize_image, resize_labels, shrink
 from protoseg_jax.prototypes.pictures import outline
@@ -80,23 +81,8 @@ class Side:
         return f"prototype {self.prototypes[j].index}{self.mark}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A figure: the name of its file, and its title."""
-
-    name: str
-    figure: Figure
-    title: str | None = None
-
-    def save(self, folder: Path) -> Path:
-        """Write it as SVG; the file."""
-        if self.title:
-            self.figure.suptitle(self.title, fontsize=9)
-        buffer, path = io.BytesIO(), folder / f"{self.name}.svg"
-        self.figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
-        plt.close(self.figure)
-        write_atomically(path, buffer.getvalue())
-        return path
+Drawn = Iterator[tuple[str, Figure, str | None]]
+"""(name of the file, figure, title) of each."""
 
 
 def draw_figures(
@@ -126,7 +112,7 @@ def draw_figures(
         model.require_prototypes()
     if models[0].classes.names != models[-1].classes.names:
         raise UserError(f"runs {workdir} and {compare} have different classes; compare like runs")
-    pictures = pictures_at(paths) or pictures_of(models[0].experiment.data, split)
+    pictures = models[0].pictures(split, paths)
     titles = [model.workdir.path.name for model in models]
     if compare and titles[0] == titles[1]:
         titles[1] += " (2)"
@@ -137,14 +123,20 @@ def draw_figures(
         seen = [Seen(x.segmentation.labels, x.similarities, x.winning_prototype) for x in found]
         sides.append(Side(name, model.prototypes, counts, seen, f", {name}" if compare else ""))
     target = Path(out) if out else models[0].workdir.path / "figures"
-    return [
-        drawn.save(target)
-        for name in dict.fromkeys(names)
-        for drawn in FIGURES[name](pictures, sides, models[0].classes)
-    ]
+    drawn = (FIGURES[name](pictures, sides, models[0].classes) for name in dict.fromkeys(names))
+    written = []
+    for stem, figure, title in itertools.chain.from_iterable(drawn):
+        if title:
+            figure.suptitle(title, fontsize=9)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
+        plt.close(figure)
+        written.append(target / f"{stem}.svg")
+        write_atomically(written[-1], buffer.getvalue())
+    return written
 
 
-def fig2(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+def fig2(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Drawn:
     """A file a class: its prototypes' activations over the images that hold most of it."""
     for c, name in enumerate(classes.names):
         rows = [n for n, area in _areas(pictures, sides[0], c)[:_ROWS] if area]
@@ -156,10 +148,10 @@ def fig2(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
             _show(axes[y, 0], pictures[n].image, "" if y else "image")
             for axis, (side, j) in zip(axes[y, 1:], columns, strict=True):
                 _heat(axis, pictures[n].image, side, n, j, "" if y else side.title(j))
-        yield Drawn(f"fig2_{file_name(name)}", figure, f"{name}: activation of its prototypes")
+        yield f"fig2_{file_name(name)}", figure, f"{name}: activation of its prototypes"
 
 
-def fig5(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+def fig5(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Drawn:
     """One file: for each class a histogram, prototypes from the most to the least used."""
     del pictures
     columns = min(len(classes), 6)
@@ -181,10 +173,10 @@ def fig5(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
             axis.set_title(name + side.mark, fontsize=8)
     figure.supxlabel("prototype", fontsize=9)
     figure.supylabel("share of the class's points", fontsize=9)
-    yield Drawn("fig5", figure)
+    yield "fig5", figure, None
 
 
-def fig6(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+def fig6(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Drawn:
     """A file a class: four prototypes (rows) of each run (columns) over one image."""
     for c, name in enumerate(classes.names):
         n, area = _areas(pictures, sides[0], c)[0]
@@ -196,10 +188,10 @@ def fig6(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
         for x, (side, column) in enumerate(zip(sides, columns, strict=True)):
             for y, j in enumerate(column):
                 _heat(axes[y, x], pictures[n].image, side, n, j, side.title(j))
-        yield Drawn(f"fig6_{file_name(name)}", figure, f"{name}, {pictures[n].name}")
+        yield f"fig6_{file_name(name)}", figure, f"{name}, {pictures[n].name}"
 
 
-def fig7(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+def fig7(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Drawn:
     """One file: images, segmentations and truth; void is black."""
     chosen = pictures[:_ROWS]
     figure, axes = _grid(len(chosen), 2 + len(sides), chosen[0].image)
@@ -214,10 +206,10 @@ def fig7(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
     handles = [plt.Rectangle((0, 0), 1, 1, fc=_unit(classes.colours[c])) for c in sorted(present)]
     names = [classes.names[c] for c in sorted(present)]
     figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=7, frameon=False)
-    yield Drawn("fig7", figure)
+    yield "fig7", figure, None
 
 
-def fig8(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Iterator[Drawn]:
+def fig8(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Drawn:
     """A file an image and run: segmentation, and where each of a class's prototypes wins."""
     for side in sides:
         owners = np.array([p.class_ for p in side.prototypes])
@@ -242,7 +234,7 @@ def fig8(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
             for axis, j, colour in zip(axes[0, 3:], best, _COLOURS, strict=False):
                 _patch(axis, side.prototypes[j], colour)
             suffix = f"_{file_name(side.name)}" if side.mark else ""
-            yield Drawn(f"fig8_{file_name(picture.name)}{suffix}", figure)
+            yield f"fig8_{file_name(picture.name)}{suffix}", figure, None
 
 
 FIGURES = {"fig2": fig2, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8}

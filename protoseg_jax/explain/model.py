@@ -22,10 +22,10 @@ from jaxtyping import Float, Int, UInt8
 from protoseg_jax import images
 from protoseg_jax.data import tiles
 from protoseg_jax.data.labels import LabelSet
-from protoseg_jax.data.source import SegmentationData
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import segmentation
 from protoseg_jax.explain import evidence
+from protoseg_jax.inference import Inference
 from protoseg_jax.models.protoseg import Output
 from protoseg_jax.run.finished import Finished
 from protoseg_jax.run.prototypes import Prototype
@@ -141,6 +141,15 @@ class Explanation:
         return whole
 
 
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image with its name and, if it has any, its labels."""
+
+    name: str
+    image: UInt8[np.ndarray, "H W 3"]
+    truth: UInt8[np.ndarray, "H W"] | None
+
+
 class Model(Finished):
     """A finished phase of a run that segments images and says why (see `Finished`).
 
@@ -162,7 +171,7 @@ class Model(Finished):
           UserError: the image does not decode or is neither RGB nor grey.
         """
         image = images.read(image)
-        return _assemble(image.shape[:2], len(self.classes), self._parts(_infer, image))
+        return _assemble(image.shape[:2], len(self.classes), self._parts(infer, image))
 
     def explain(self, image: images.ImageLike) -> Explanation:
         """Why each pixel of an image of any size gets its label.
@@ -181,6 +190,20 @@ class Model(Finished):
         ]
         return Explanation(image, self.prototypes, self.kernel, parts)
 
+    def pictures(self, split: str, paths: Sequence[str] = ()) -> list[Picture]:
+        """The images at some paths; without any, some of a split's, evenly chosen.
+
+        Raises:
+          UserError: one cannot be read, or there is no such data or split.
+        """
+        if paths:
+            return [Picture(Path(path).stem, images.read(path), None) for path in paths]
+        data = self.experiment.data
+        source, labelled = data.source(split), data.labelled(split)
+        chosen = np.unique(np.linspace(0, len(source) - 1, _PICTURES).astype(int)).tolist()
+        found = [source[n] for n in chosen]
+        return [Picture(e["image_id"], e["image"], e["label"] if labelled else None) for e in found]
+
     def _parts(self, look: Callable, image: UInt8[np.ndarray, "H W 3"]) -> Iterator[Part]:
         """What `look` finds in each part of an image that the network sees at once."""
         overlap = self.experiment.config.eval_overlap
@@ -192,38 +215,9 @@ class Model(Finished):
 load = Model.load  # protoseg_jax.load
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image with its name and, if it has any, its labels."""
-
-    name: str
-    image: UInt8[np.ndarray, "H W 3"]
-    truth: UInt8[np.ndarray, "H W"] | None
-
-
-def pictures_at(paths: Sequence[str]) -> list[Picture]:
-    """Images from files.
-
-    Raises:
-      UserError: one cannot be read.
-    """
-    return [Picture(Path(path).stem, images.read(path), None) for path in paths]
-
-
-def pictures_of(data: SegmentationData, split: str) -> list[Picture]:
-    """Some of a split's images, evenly chosen.
-
-    Raises:
-      UserError: there is no such split.
-    """
-    source, labelled = data.source(split), data.labelled(split)
-    chosen = np.unique(np.linspace(0, len(source) - 1, _PICTURES).astype(int)).tolist()
-    examples = [source[n] for n in chosen]
-    return [Picture(e["image_id"], e["image"], e["label"] if labelled else None) for e in examples]
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _infer(inference, variables, image) -> Output:
+def infer(inference: Inference, variables, image) -> Output:
+    """What the network says of one image: an `Output` without the batch's axis."""
     return jax.tree.map(lambda x: x[0], inference(variables, image[None]))
 
 

@@ -31,7 +31,7 @@ from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.errors import UserError
 from protoseg_jax.explain import mistakes
 from protoseg_jax.explain.evidence import point_counts
-from protoseg_jax.explain.model import Model, Picture, pictures_at, pictures_of
+from protoseg_jax.explain.model import Model, Picture
 from protoseg_jax.inference import cell_box
 from protoseg_jax.models.prototypes import EPSILON
 from protoseg_jax.prototypes import search
@@ -88,7 +88,7 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
     model.require_prototypes()
     target = Path(out) if out else model.workdir.path / "explain"
     _check_target(target)
-    pictures, notes = pictures_at(paths), []
+    notes: list[str] = []
     shares, nearest = [None] * len(model.prototypes), [[]] * len(model.prototypes)
     try:
         data = model.experiment.data
@@ -107,13 +107,9 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
         )
     absent = [p.index for p in model.prototypes if model.projected and p.source is None]
     if absent:
-        notes.append(
-            "The training images of "
-            + ("all prototypes" if len(absent) == len(model.prototypes) else f"{len(absent)}")
-            + " are not with the run; their patches are."
-        )
-    pictures = pictures or pictures_of(data, split)
-    shown = [part for picture in pictures for part in _shown(model, picture)]
+        which = "all prototypes" if len(absent) == len(model.prototypes) else len(absent)
+        notes.append(f"The training images of {which} are not with the run; their patches are.")
+    shown = [x for picture in model.pictures(split, paths) for x in _shown(model, picture)]
     if data:
         won, _ = point_counts(model, split)
         shares, nearest = (won / max(won.sum(), 1)).tolist(), _nearest(model)
@@ -151,17 +147,9 @@ def _shown(model: Model, picture: Picture) -> list[Shown]:
         for region in regions:
             seen = part.at_pixels(model.kernel, *region.pop("samples")).similarities
             region["causes"] = mistakes.causes(seen, model.kernel, region["label"], region["truth"])
-        found.append(
-            Shown(
-                picture.name + (f" from ({top}, {left})" if len(why.parts) > 1 else ""),
-                picture.image[window],
-                truth,
-                labels[window],
-                part.points.features,
-                part.points.similarities,
-                regions,
-            )
-        )
+        name = picture.name + (f" from ({top}, {left})" if len(why.parts) > 1 else "")
+        points = part.points.features, part.points.similarities
+        found.append(Shown(name, picture.image[window], truth, labels[window], *points, regions))
     return found
 
 
@@ -257,37 +245,29 @@ def write(
 
 
 def _numbers(shown: Shown) -> dict[str, Any]:
-    """What the page must know of an image when it is looked at."""
+    """What the page must know of an image when it is looked at, in a form that fits."""
     few = shown.features.shape[-1] <= shown.similarities.shape[-1]
     values = shown.features if few else shown.similarities
     low, top = float(values.min()), float(values.max())
     scale = (top - low) / 65535 or 1.0
-    form, step = _form(values.shape)
+    (h, w, channels), form, step = values.shape, "<f4", 1
+    if 4 * values.size > _IMAGE_BYTES:
+        form = "<u2"
+        while 2 * -(-h // step) * -(-w // step) * channels > _IMAGE_BYTES:
+            step += 1
     grid = values[step // 2 :: step, step // 2 :: step]
-    stored = grid if form == "<f4" else np.rint((grid - low) / scale)
     return {
-        "points": list(values.shape[:2]),
+        "points": [h, w],
         "grid": list(grid.shape[:2]),
         "step": step,
         "features": few,
         "low": low,
         "scale": scale,
         "bits": 8 * np.dtype(form).itemsize,
-        "values": _base64(stored, form),
+        "values": _base64(grid if form == "<f4" else np.rint((grid - low) / scale), form),
         "labels": _runs(shown.labels),
         "truth": None if shown.truth is None else _runs(shown.truth),
     }
-
-
-def _form(shape: tuple[int, int, int]) -> tuple[str, int]:
-    """(dtype, step between the points kept) with which an image's numbers fit."""
-    h, w, channels = shape
-    if 4 * h * w * channels <= _IMAGE_BYTES:
-        return "<f4", 1
-    step = 1
-    while 2 * -(-h // step) * -(-w // step) * channels > _IMAGE_BYTES:
-        step += 1
-    return "<u2", step
 
 
 def _prototypes(

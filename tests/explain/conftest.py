@@ -2,15 +2,13 @@
 
 import dataclasses
 
-import jax
 import pytest
-from discs import make_data
-from test_run import make_config
+from small import begin, make_config, make_data
 
-from protoseg_jax.devices import DevicePool
-from protoseg_jax.training import run as runs
-from protoseg_jax.training.run import Run
-from protoseg_jax.workdir import Workdir, write_json
+from protoseg_jax.explain.model import Model
+from protoseg_jax.files import write_json
+from protoseg_jax.prototypes import pictures, project
+from protoseg_jax.training import start as starts
 
 
 @pytest.fixture(scope="session")
@@ -20,15 +18,13 @@ def small_run(tmp_path_factory):
     make_data(root / "own")
     config = make_config(root)
     config.batch_size = 8  # whatever the number of devices
-    workdir = Workdir(root / "work")
-    run = Run(config, workdir, DevicePool(jax.local_devices()[:1]))
-    workdir.start(config, runs.manifest(config))
-    write_json(workdir.path / "classes.json", vars(run.data.label_set))
-    joint = dataclasses.replace(run.initial(), phase="joint", step=3)
-    workdir.save(joint)
-    projected = run.projection_phase(run.phases[2], joint)
-    workdir.save(projected)
-    run.write_prototypes(projected)
-    workdir.wait()
-    workdir.release()
-    return run
+    live = begin(config, root / "work")
+    write_json(live.workdir.path / "classes.json", vars(live.experiment.labels))
+    joint = dataclasses.replace(starts.initial(live.experiment), phase="joint", step=3)
+    live.workdir.checkpoints.save(joint)
+    projected = project.run(live, joint)
+    live.workdir.checkpoints.save(projected)
+    pictures.write(live.workdir.path, live.experiment, projected)
+    live.workdir.checkpoints.wait()
+    live.workdir.release()
+    return Model(live.workdir, live.experiment, "projection", projected)

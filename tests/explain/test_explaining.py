@@ -7,9 +7,13 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from protoseg_jax import api, explaining
+import protoseg_jax
 from protoseg_jax.errors import UserError
-from protoseg_jax.explain import explorer
+from protoseg_jax.explain import mistakes
+from protoseg_jax.explain.evidence import point_counts
+from protoseg_jax.explain.figures import draw_figures
+from protoseg_jax.explain.page import explain_run
+from protoseg_jax.training.removal import remove
 
 
 def test_wrong_regions_and_their_causes():
@@ -19,7 +23,7 @@ def test_wrong_regions_and_their_causes():
     labels = np.zeros_like(truth)
     labels[4:6, 3:9] = 1
     labels[9:, 0] = 2
-    first, second = explorer.wrong_regions(labels, truth, 3)
+    first, second = mistakes.wrong_regions(labels, truth, 3)
     assert (first["truth"], first["label"], first["pixels"]) == (1, 0, 12)
     assert first["box"] == [2, 3, 4, 9]
     assert 2 <= first["row"] < 4 and 3 <= first["col"] < 9
@@ -28,7 +32,7 @@ def test_wrong_regions_and_their_causes():
     }
     assert (second["truth"], second["label"], second["pixels"]) == (0, 2, 2)
     similarities, kernel = np.array([[1.0, 4.0], [3.0, 0.0]]), np.array([[1.0, -1.0], [-0.5, 2.0]])
-    assert explorer.causes(similarities, kernel, 1, 0) == [(1, 5.0), (0, -4.0)]
+    assert mistakes.causes(similarities, kernel, 1, 0) == [(1, 5.0), (0, -4.0)]
 
 
 def test_a_page_is_replaced_but_nothing_else(small_run, tmp_path):
@@ -36,15 +40,15 @@ def test_a_page_is_replaced_but_nothing_else(small_run, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     with pytest.raises(UserError, match="no explorer page"):
-        explaining.explain_run(path, "validation", [], str(tmp_path / "thesis"))
+        explain_run(path, "validation", [], str(tmp_path / "thesis"))
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
     with pytest.raises(UserError, match="cannot be written"):
-        explaining.explain_run(path, "validation", [], "/proc/nowhere/page")
+        explain_run(path, "validation", [], "/proc/nowhere/page")
 
 
 def test_prototypes_that_cannot_be_removed(small_run, tmp_path):
     path = str(small_run.workdir.path)
-    model = api.load(path)
+    model = protoseg_jax.load(path)
     own = [str(p.index) for p in model.prototypes if p.class_ == 1]
     cases = [
         (["99"], "has no prototype 99"),
@@ -54,18 +58,18 @@ def test_prototypes_that_cannot_be_removed(small_run, tmp_path):
     ]
     for ids, words in cases:
         with pytest.raises(UserError, match=words) as error:
-            explaining.remove(path, ids, str(tmp_path / "new"), force=len(ids) > len(own))
+            remove(path, ids, str(tmp_path / "new"), force=len(ids) > len(own))
         assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="is not empty"):
-        explaining.remove(path, own[:1], str(tmp_path / "full"), force=False)
+        remove(path, own[:1], str(tmp_path / "full"), force=False)
     early = tmp_path / "early"
     shutil.copytree(path, early)
     shutil.rmtree(early / "checkpoints" / "projection")
     (early / "checkpoints" / "projection.json").unlink()
     with pytest.raises(UserError, match="before projection"):
-        explaining.remove(str(early), own[:1], str(tmp_path / "new"), force=False)
+        remove(str(early), own[:1], str(tmp_path / "new"), force=False)
 
 
 def files_of(folder):
@@ -76,16 +80,16 @@ def files_of(folder):
 @pytest.mark.parametrize("force", [False, True])
 def test_a_new_run_without_prototypes(small_run, tmp_path, capsys, force):
     """Its last layer alone has learnt; the original is as it was; what changed is told."""
-    path, model = small_run.workdir.path, api.load(small_run.workdir.path)
+    path, model = small_run.workdir.path, protoseg_jax.load(small_run.workdir.path)
     own = [p.index for p in model.prototypes if p.class_ == 1]
     gone = own if force else own[:2]
     before = files_of(path)
     ids = [str(i) for i in gone]
-    explaining.remove(str(path), ids, str(tmp_path / "new"), force=force)
+    remove(str(path), ids, str(tmp_path / "new"), force=force)
     assert files_of(path) == before
     printed = capsys.readouterr().out
     assert "before %" in printed and "disc" in printed and "mean" in printed
-    new = api.load(tmp_path / "new")
+    new = protoseg_jax.load(tmp_path / "new")
     assert new.phase == "finetune_pruned"
     assert [p.index for p in new.prototypes] == [
         p.index for p in model.prototypes if p.index not in gone
@@ -102,15 +106,15 @@ def test_a_new_run_without_prototypes(small_run, tmp_path, capsys, force):
     assert [e["phase"] for e in new.workdir.summary()] == ["pruning", "finetune_pruned"]
     assert record["after"]["miou"] == pytest.approx(new.workdir.summary()[-1]["miou"])
     assert all(p.patch is not None and p.source for p in new.prototypes)
-    explaining.remove(str(path), ids, str(tmp_path / "new"), force=force)  # goes on: nothing to do
+    remove(str(path), ids, str(tmp_path / "new"), force=force)  # goes on: nothing to do
     with pytest.raises(UserError, match="is not empty"):
-        explaining.remove(str(path), ids[:1], str(tmp_path / "new"), force=force)
+        remove(str(path), ids[:1], str(tmp_path / "new"), force=force)
 
 
 def test_points_are_counted_as_one_by_one(small_run):
-    model = api.load(small_run.workdir.path)
-    won, used = explaining.point_counts(small_run, model, "validation")
-    source, inference = small_run.data.source("validation"), model.inference
+    model = small_run
+    won, used = point_counts(model, "validation")
+    source, inference = model.experiment.data.source("validation"), model.inference
     expected = np.zeros((2, len(model.prototypes)), int)
     classes = np.array([p.class_ for p in model.prototypes])
     for n in range(len(source)):
@@ -131,14 +135,14 @@ def test_points_are_counted_as_one_by_one(small_run):
 def test_figures_that_cannot_be_drawn(small_run, tmp_path):
     path = str(small_run.workdir.path)
     with pytest.raises(UserError, match="figure fig9 is unknown; there are fig2, fig5"):
-        explaining.draw_figures(path, "validation", [], None, ["fig5", "fig9"], None)
+        draw_figures(path, "validation", [], None, ["fig5", "fig9"], None)
     other = tmp_path / "other"
     shutil.copytree(path, other)
     record = json.loads((other / "classes.json").read_text())
     record["names"][1] = "ring"
     (other / "classes.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="different classes"):
-        explaining.draw_figures(path, "validation", [], None, ["fig5"], str(other))
+        draw_figures(path, "validation", [], None, ["fig5"], str(other))
     assert not (small_run.workdir.path / "figures").exists()
 
 
@@ -146,13 +150,13 @@ def test_figures_that_cannot_be_drawn(small_run, tmp_path):
 def test_figures_of_one_run_and_of_two(small_run, tmp_path):
     path = str(small_run.workdir.path)
     names = ["fig2", "fig5", "fig6", "fig7", "fig8"]
-    one = explaining.draw_figures(path, "validation", [], str(tmp_path / "one"), names, None)
-    two = explaining.draw_figures(path, "validation", [], str(tmp_path / "two"), names, path)
+    one = draw_figures(path, "validation", [], str(tmp_path / "one"), names, None)
+    two = draw_figures(path, "validation", [], str(tmp_path / "two"), names, path)
     for written in (one, two):
         assert {p.name.partition(".")[0].partition("_")[0] for p in written} == set(names)
         for file in written:
             root = xml.etree.ElementTree.parse(file).getroot()
             assert root.tag.endswith("svg")
     bars = [x.read_text().count("clip-path") for x in (one + two) if x.name == "fig5.svg"]
-    assert bars[1] == 2 * bars[0] == 2 * len(api.load(path).prototypes)
+    assert bars[1] == 2 * bars[0] == 2 * len(protoseg_jax.load(path).prototypes)
     assert len([p for p in two if p.name.startswith("fig8")]) == 4  # two images, two runs

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoseg_jax import api, explaining
+import protoseg_jax
 from protoseg_jax.errors import UserError
-from protoseg_jax.explain import explorer
-from protoseg_jax.workdir import write_json
+from protoseg_jax.explain import page as pages
+from protoseg_jax.explain.page import explain_run
+from protoseg_jax.files import read_json, write_json
 
 pytestmark = pytest.mark.slow
 ROWS = """[...document.querySelectorAll('.evidence li[data-prototype]')].map(
@@ -24,13 +25,18 @@ SCORES = """Object.fromEntries([...document.querySelectorAll('#scores tr')].map(
 
 @pytest.fixture(scope="module")
 def model(small_run):
-    return api.load(small_run.workdir.path)
+    return protoseg_jax.load(small_run.workdir.path)
+
+
+@pytest.fixture(scope="module")
+def examples(small_run):
+    return small_run.experiment.data.source("validation")
 
 
 @pytest.fixture(scope="module")
 def page(small_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "explain"
-    return explaining.explain_run(str(small_run.workdir.path), "validation", [], str(out))
+    return explain_run(str(small_run.workdir.path), "validation", [], str(out))
 
 
 def opened(kind):
@@ -75,8 +81,8 @@ def check_pixel(window, model, why, row, col, tolerance=1e-4):
     assert value(window, "#novelty") == pytest.approx(why.novelty[row, col], abs=tolerance)
 
 
-def test_a_pixel_named_in_the_address(window, small_run, model, page):
-    source = small_run.data.source("validation")
+def test_a_pixel_named_in_the_address(window, examples, model, page):
+    source = examples
     for number, (row, col) in enumerate([(0, 0), (33, 47)]):
         why = model.explain(source[number]["image"])
         window.open(page, f"image={number}&row={row}&col={col}")
@@ -84,8 +90,8 @@ def test_a_pixel_named_in_the_address(window, small_run, model, page):
     assert window.problems == []
 
 
-def test_a_click_and_the_arrow_keys(window, small_run, model, page):
-    image = small_run.data.source("validation")[0]["image"]
+def test_a_click_and_the_arrow_keys(window, examples, model, page):
+    image = examples[0]["image"]
     why, (height, width) = model.explain(image), image.shape[:2]
     window.open(page)
     left, top, across, down = window.evaluate(
@@ -107,8 +113,8 @@ def test_a_click_and_the_arrow_keys(window, small_run, model, page):
     assert "image=1" in window.evaluate("location.hash")
 
 
-def test_why_not_shows_the_parts_of_the_margin(window, small_run, model, page):
-    why = model.explain(small_run.data.source("validation")[1]["image"])
+def test_why_not_shows_the_parts_of_the_margin(window, examples, model, page):
+    why = model.explain(examples[1]["image"])
     window.open(page, "image=1&row=20&col=20")
     pixel, ids = why.at(20, 20), [p.index for p in model.prototypes]
     window.evaluate("document.querySelectorAll('#question input')[1].click()")
@@ -132,8 +138,8 @@ def test_every_layer_is_painted_and_no_picture_is_missing(window, page):
     assert window.problems == []
 
 
-def test_winning_prototypes_layer_equals_the_api(window, small_run, model, page):
-    points = model.explain(small_run.data.source("validation")[0]["image"]).parts[0].points
+def test_winning_prototypes_layer_equals_the_api(window, examples, model, page):
+    points = model.explain(examples[0]["image"]).parts[0].points
     window.open(page, "image=0&layer=novelty")
     shown = window.evaluate("Array.from(everyPoint(images.get(0)).winner)")
     np.testing.assert_array_equal(shown, points.prototype.ravel())
@@ -151,7 +157,7 @@ def test_the_page_fits_a_narrow_window(chromium, page):
         chromium.resize(1280, 900)
 
 
-def test_mistakes_lead_to_the_pixel_and_its_rival(window, small_run, model, page):
+def test_mistakes_lead_to_the_pixel_and_its_rival(window, examples, model, page):
     window.open(page, "view=mistakes")
     record = json.loads(
         re.search(r"run\((.*)\);", (page.parent / "data" / "run.js").read_text())[1]
@@ -160,9 +166,9 @@ def test_mistakes_lead_to_the_pixel_and_its_rival(window, small_run, model, page
     region = kind["regions"][0]
     window.evaluate("document.querySelector('.region .plain').click()")
     window.wait("!!document.querySelector('#total')")
-    truth = small_run.data.source("validation")[region["image"]]["label"]
+    truth = examples[region["image"]]["label"]
     assert truth[region["row"], region["col"]] == kind["truth"]
-    why = model.explain(small_run.data.source("validation")[region["image"]]["image"])
+    why = model.explain(examples[region["image"]]["image"])
     pixel = why.at(region["row"], region["col"])
     assert pixel.label == kind["label"]
     margin = pixel.logits[kind["label"]] - pixel.logits[kind["truth"]]
@@ -171,18 +177,18 @@ def test_mistakes_lead_to_the_pixel_and_its_rival(window, small_run, model, page
 
 @pytest.mark.parametrize("budget", [1000, 200])
 def test_large_maps_are_kept_in_16_bits_or_thinned_out(
-    chromium, small_run, model, tmp_path, monkeypatch, budget
+    chromium, examples, small_run, model, tmp_path, monkeypatch, budget
 ):
-    monkeypatch.setattr(explorer, "_IMAGE_BYTES", budget)
+    monkeypatch.setattr(pages, "_IMAGE_BYTES", budget)
     path = str(small_run.workdir.path)
-    page = explaining.explain_run(path, "validation", [], str(tmp_path / "explain"))
+    page = explain_run(path, "validation", [], str(tmp_path / "explain"))
     chromium.open(page, "image=0&row=20&col=30")
     step = chromium.evaluate("images.get(0).step")
     assert (step > 1) == (budget == 200)
     assert ("too many for this page" in chromium.evaluate("document.body.textContent")) == (
         step > 1
     )
-    why = model.explain(small_run.data.source("validation")[0]["image"])
+    why = model.explain(examples[0]["image"])
     if step == 1:
         return check_pixel(chromium, model, why, 20, 30, tolerance=2e-2)
     points = why.parts[0].points
@@ -198,7 +204,7 @@ def test_a_run_before_projection_says_so(chromium, small_run, tmp_path):
     shutil.copytree(small_run.workdir.path, path)
     shutil.rmtree(path / "checkpoints" / "projection")
     (path / "checkpoints" / "projection.json").unlink()
-    page = explaining.explain_run(str(path), "validation", [], None)
+    page = explain_run(str(path), "validation", [], None)
     assert page == path / "explain" / "index.html"
     chromium.open(page, "image=0&row=10&col=10")
     text = chromium.evaluate("document.querySelector('#notes').textContent")
@@ -206,22 +212,22 @@ def test_a_run_before_projection_says_so(chromium, small_run, tmp_path):
     assert "not a patch yet" in chromium.evaluate("document.querySelector('#for').textContent")
 
 
-def test_without_data_or_sources_the_page_is_whole(chromium, small_run, tmp_path):
+def test_without_data_or_sources_the_page_is_whole(chromium, examples, small_run, tmp_path):
     """Crops travel with the run: a source image that was deleted leaves its patch."""
     path = tmp_path / "alone"
     shutil.copytree(small_run.workdir.path, path)
-    config = small_run.workdir.config_json()
+    config = read_json(path / "config.json")
     config["data"] |= {"dir": "/nowhere", "cache": "/nowhere"}
     write_json(path / "config.json", config)
     next((path / "prototypes" / "sources").iterdir()).unlink()
     with pytest.raises(UserError, match="--images"):
-        explaining.explain_run(str(path), "validation", [], None)
+        explain_run(str(path), "validation", [], None)
     assert not (path / "explain").exists()
-    image = small_run.data.source("validation")[0]["image"]
+    image = examples[0]["image"]
     Image.fromarray(image).save(tmp_path / "own.png")
-    page = explaining.explain_run(str(path), "validation", [str(tmp_path / "own.png")], None)
+    page = explain_run(str(path), "validation", [str(tmp_path / "own.png")], None)
     chromium.open(page, "image=0&row=10&col=10")
-    check_pixel(chromium, api.load(path), api.load(path).explain(image), 10, 10)
+    check_pixel(chromium, protoseg_jax.load(path), protoseg_jax.load(path).explain(image), 10, 10)
     text = chromium.evaluate("document.querySelector('#notes').textContent")
     assert "The data set is not at hand" in text and "are not with the run" in text
     chromium.open(page, "view=prototypes")

@@ -13,7 +13,7 @@ import protoseg_jax
 from protoseg_jax.data.tiles import Tiled
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import segmentation
-from protoseg_jax.workdir import write_json
+from protoseg_jax.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def alone(small_run, tmp_path_factory):
     """The run's folder by itself: config's data.dir and cache lead nowhere."""
     path = tmp_path_factory.mktemp("alone") / "run"
     shutil.copytree(small_run.workdir.path, path)
-    config = small_run.workdir.config_json()
+    config = read_json(path / "config.json")
     config["data"] |= {"dir": "/nowhere", "cache": "/nowhere"}
     write_json(path / "config.json", config)
     return path
@@ -34,7 +34,7 @@ def model(alone):
 
 @pytest.fixture(scope="module")
 def image(small_run):
-    return small_run.data.source("validation")[0]["image"]
+    return small_run.experiment.data.source("validation")[0]["image"]
 
 
 def test_importing_the_package_brings_no_jax():
@@ -45,9 +45,7 @@ def test_importing_the_package_brings_no_jax():
 
 
 def test_segments_as_evaluation_does(small_run, model, image):
-    checkpoint = small_run.workdir.restore("projection")
-    inference = small_run.inference(checkpoint.prototypes)
-    variables = checkpoint.variables
+    inference, variables = small_run.inference, small_run.checkpoint.variables
     output = jax.jit(inference)(variables, inference.prepare(image)[None])
     size = image.shape[:2]
     full = np.asarray(segmentation.upsample(output.logits, np.array([size]), size))[0]
@@ -121,10 +119,9 @@ def test_images_that_are_none_are_refused_in_one_line(model, image, tmp_path):
 def test_prototypes_bring_their_patches(small_run, model):
     """Patch and source come with the run; boxes say where the patch lies in both."""
     assert model.projected and len(model.prototypes) == len(model.kernel)
-    source = small_run.data.source("train")
-    checkpoint = small_run.workdir.restore("projection")
-    for prototype, entry in zip(model.prototypes, checkpoint.prototypes, strict=True):
-        original = source[entry["image"]]["image"]
+    source = small_run.experiment.data.source("train")
+    for prototype in model.prototypes:
+        original = source[prototype.image]["image"]
         top, left, bottom, right = prototype.box
         y, x, down, across = prototype.patch_box
         np.testing.assert_array_equal(
@@ -139,19 +136,18 @@ def test_prototypes_bring_their_patches(small_run, model):
 
 def test_a_prototype_wins_on_its_own_patch_or_says_so(small_run, model):
     """On its source image the prototype's own point has novelty 0 and similarity log(1/ε)."""
-    prototype = model.checkpoint.prototypes[1]
-    image = small_run.data.source("train")[prototype["image"]]["image"]
+    prototype = model.prototypes[1]
+    image = small_run.experiment.data.source("train")[prototype.image]["image"]
     points = model.explain(image).parts[0].points
-    place = prototype["row"], prototype["col"]
+    place = prototype.row, prototype.col
     assert points.novelty[place] == pytest.approx(0, abs=1e-9)
     assert points.similarities[*place, 1] == pytest.approx(np.log(1e4), abs=1e-3)
 
 
 def test_tiles_decide_their_own_part(alone, image, tmp_path):
     shutil.copytree(alone, tmp_path / "tiled")
-    config = protoseg_jax.load(alone).config
-    config.eval_overlap = 9
-    write_json(tmp_path / "tiled" / "config.json", config.to_dict())
+    config = read_json(alone / "config.json") | {"eval_overlap": 9}
+    write_json(tmp_path / "tiled" / "config.json", config)
     whole, tiled = protoseg_jax.load(alone), protoseg_jax.load(tmp_path / "tiled")
     big = np.array(Image.fromarray(image).resize((120, 90)))
     example = {"image_id": "", "image": big, "label": np.zeros((90, 120), np.uint8)}
