@@ -19,15 +19,13 @@ import sys
 import tempfile
 import time
 
+import machine
 import numpy as np
+from small import make_data
+
+from protoseg_jax.run.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
-
-import machine  # noqa: E402
-from discs import make_data  # noqa: E402
-
-from protoseg_jax.workdir import Workdir  # noqa: E402
 
 MAX_KILLS = 3
 PHASES = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
@@ -79,7 +77,7 @@ def results(workdir: pathlib.Path) -> dict:
     summary = [{k: v for k, v in e.items() if k != "seconds"} for e in folder.summary()]
     arrays = {}
     for phase in PHASES:
-        for path, leaf in _leaves(folder.restore(phase).arrays):
+        for path, leaf in _leaves(folder.checkpoints.restore(phase).arrays):
             arrays[f"{phase}/{path}"] = np.asarray(leaf)
     prototypes = json.loads((workdir / "prototypes.json").read_text())
     lines = (workdir / "metrics.jsonl").read_text().splitlines()

@@ -8,15 +8,19 @@ import pytest
 from PIL import Image
 from sections import make_stacks
 
-from configs import isbi_em, pascal
+from protoseg_jax import config as configs
 from protoseg_jax import inference as inferences
-from protoseg_jax.data import builders
+from protoseg_jax.data.prepare import open_data
 from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation.score import score_run
 from protoseg_jax.models.prototypes import similarity
-from protoseg_jax.training import phases, scoring
+from protoseg_jax.run import phases
+from protoseg_jax.run.checkpoints import Checkpoint
+from protoseg_jax.run.experiment import Experiment
+from protoseg_jax.run.finished import Finished
+from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import start as starts
-from protoseg_jax.workdir import Checkpoint, Workdir
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +28,7 @@ SIZE = 64  # of a section; tiles are smaller
 
 
 def make_config(root, **changes):
-    config = isbi_em.get_config("cpu")
+    config = configs.load("isbi_em:cpu")
     config.data.dir, config.data.cache = str(root / "em"), str(root / "cache")
     config.crop_size, config.eval_size, config.eval_overlap = (48, 48), (48, 40), 16
     config.model.update({"depth": 2, "width": 8, "features": 8, "prototypes_per_class": 3})
@@ -46,7 +50,7 @@ def test_split_and_statistics_are_in_the_run_s_folder(root):
     split = json.loads((root / "work" / "split.json").read_text())
     assert len(split["train"]) == 4 and len(split["validation"]) == 2
     config = Workdir(root / "work").config()
-    source = builders.from_config(config).source("train")
+    source = open_data(config).source("train")
     images = np.stack([source[n]["image"] for n in range(4)]).astype(float)
     np.testing.assert_allclose(config.model.mean, images.mean((0, 1, 2)))
     np.testing.assert_allclose(config.model.std, images.std((0, 1, 2)))
@@ -60,40 +64,37 @@ def test_the_same_command_goes_on(root, capsys):
 
 def test_a_prototype_is_a_place_in_a_tile(root):
     """It fires fully there, and the box is that place in the whole section's pixels."""
-    workdir = Workdir.existing(root / "work")
-    run = runs.Run(workdir.config(), workdir)
-    checkpoint = workdir.restore("finetune_pruned")
-    inference = run.inference(checkpoint.prototypes)
+    run = Finished.load(root / "work")
+    checkpoint, inference = run.checkpoint, run.inference
     infer = jax.jit(lambda image: inference(checkpoint.variables, image[None]))
-    record = json.loads((workdir.path / "prototypes.json").read_text())["prototypes"]
-    tiled, sections = run.examples("train"), run.data.source("train")
+    record = json.loads((root / "work" / "prototypes.json").read_text())["prototypes"]
+    tiled, sections = run.experiment.examples("train"), run.experiment.data.source("train")
     by_id = {sections[n]["image_id"]: sections[n] for n in range(len(sections))}
     assert len(tiled) == 4 * 2 * 2
     for j, (prototype, entry) in enumerate(zip(checkpoint.prototypes, record, strict=True)):
-        distances = infer(tiled[prototype["image"]]["image"]).distances
-        fired = float(similarity(distances)[0, prototype["row"], prototype["col"], j])
+        distances = infer(tiled[prototype.image]["image"]).distances
+        fired = float(similarity(distances)[0, prototype.row, prototype.col, j])
         assert fired == pytest.approx(np.log(1e4), abs=1e-3)
         top, left, bottom, right = entry["box"]
         assert (bottom - top, right - left) == (1, 1)  # U-Net: a point is a pixel
-        corner = tiled.places[prototype["image"]].corner
-        assert (top - corner[0], left - corner[1]) == (prototype["row"], prototype["col"])
-        assert by_id[entry["image_id"]]["label"][top, left] == prototype["class"]
+        corner = tiled.places[prototype.image].corner
+        assert (top - corner[0], left - corner[1]) == (prototype.row, prototype.col)
+        assert by_id[entry["image_id"]]["label"][top, left] == prototype.class_
 
 
 @pytest.mark.parametrize("flips", [False, True])
 def test_predictions_are_stitched_from_tiles(root, flips):
     """Pixel by pixel the tile that owns it, and its mirror images, says the same."""
     out = root / f"predicted-{flips}"
-    result = scoring.score_run(str(root / "work"), "validation", None, str(out), flips=flips)
+    result = score_run(str(root / "work"), "validation", None, str(out), flips=flips)
     assert result["flips"] is flips
     name = "validation-finetune_pruned-flips.json" if flips else "validation-finetune_pruned.json"
     assert (root / "work" / "eval" / name).is_file()
 
-    workdir = Workdir.existing(root / "work")
-    run = runs.Run(workdir.config(), workdir)
-    checkpoint = workdir.restore("finetune_pruned")
-    inference = run.inference(checkpoint.prototypes)
-    tiled, sections = run.examples("validation"), run.data.source("validation")
+    run = Finished.load(root / "work")
+    checkpoint, inference = run.checkpoint, run.inference
+    tiled = run.experiment.examples("validation")
+    sections = run.experiment.data.source("validation")
     infer = jax.jit(lambda image: inference(checkpoint.variables, image[None]).logits[0])
     expected = np.full((2, SIZE, SIZE), 255, np.uint8)
     hits = 0
@@ -116,7 +117,7 @@ def test_predictions_are_stitched_from_tiles(root, flips):
 
 def test_sections_without_labels_are_predicted(root):
     out = root / "predicted-test"
-    assert scoring.score_run(str(root / "work"), "test", None, str(out)) is None
+    assert score_run(str(root / "work"), "test", None, str(out)) is None
     assert {p.name for p in out.iterdir()} == {"test00.png", "test01.png"}
     assert np.array(Image.open(out / "test00.png")).shape == (SIZE, SIZE)
 
@@ -146,8 +147,8 @@ def test_a_trained_twin_becomes_a_protoseg(root, twin, capsys):
     phases_done = [entry["phase"] for entry in Workdir(root / "after").summary()]
     assert phases_done[-1] == "finetune_pruned"
 
-    start = starts.initial(runs.Run(config, Workdir(root / "other")))
-    there = twin.restore("joint").arrays["params"]
+    start = starts.initial(Experiment(config))
+    there = twin.checkpoints.restore("joint").arrays["params"]
     taken = {**start.arrays["params"]["decoder"], "out": None}
     assert jax.tree.all(jax.tree.map(np.array_equal, taken, {**there["decoder"], "out": None}))
 
@@ -160,7 +161,7 @@ def test_a_trained_twin_becomes_a_protoseg(root, twin, capsys):
 def drawn(root, seed):
     config = make_config(root)
     config.seed = seed
-    return builders.from_config(config).drawn
+    return open_data(config).drawn
 
 
 def test_tiles_larger_than_the_sections(root):
@@ -185,15 +186,17 @@ def test_weights_of_a_resnet_are_refused(root, tmp_path):
 
 def test_a_run_of_a_resnet_is_refused(root, tmp_path):
     other = Workdir(tmp_path / "resnet")
-    other.start(pascal.get_config(), {})
-    other.save(Checkpoint("joint", 1, True, {"params": {"backbone": {"k": np.ones(2)}}}, []))
-    other.wait()
+    other.start(configs.load("pascal"))
+    other.checkpoints.save(
+        Checkpoint("joint", 1, True, {"params": {"backbone": {"k": np.ones(2)}}}, [])
+    )
+    other.checkpoints.wait()
     other.release()
     config = make_config(root)
     starts.settle(config)
     config.pretrained.path = str(other.path)
     with pytest.raises(UserError, match="of run .* does not fit this config's network"):
-        starts.initial(runs.Run(config, Workdir(tmp_path / "work")))
+        starts.initial(Experiment(config))
 
 
 def test_groups_of_another_network_are_refused(root):
@@ -205,9 +208,9 @@ def test_groups_of_another_network_are_refused(root):
 
 def test_mirror_images_of_streets_keep_their_sky():
     """Without turns in the augmentation only left and right are exchanged."""
-    config = isbi_em.get_config()
+    config = configs.load("isbi_em")
     config.model.preprocessing = "imagenet"
-    plain = inferences.from_config(config, 2, 4)
-    assert inferences.flipped(plain, config).flips == ((2,), (1,), (1, 2))
+    plain = inferences.from_config(config, 2, (0, 0, 1, 1))
+    assert plain.with_flips(config.augment.turns).flips == ((2,), (1,), (1, 2))
     config.augment.turns = False
-    assert inferences.flipped(plain, config).flips == ((2,),)
+    assert plain.with_flips(config.augment.turns).flips == ((2,),)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from official import make_cityscapes, make_voc
 from PIL import Image
-from test_run import PHASES, make_config
+from small import PHASES, make_config
 
-from protoseg_jax.data.label_sets import CITYSCAPES_IDS
+from protoseg_jax.data.sets import cityscapes
 from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation.score import score_run
+from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
-from protoseg_jax.training import scoring
-from protoseg_jax.workdir import Workdir
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +33,13 @@ def test_voc_with_multi_scale_inputs(tmp_path):
     make_voc(tmp_path / "data", train_aug=False)
     workdir = train(tmp_path, "voc", msc=(0.5, 0.75))
     assert [e["phase"] for e in workdir.summary()] == PHASES
-    assert {p["image_id"][:4] for p in workdir.restore("projection").prototypes} == {"2007"}
+    assert {p.image_id[:4] for p in workdir.checkpoints.restore("projection").prototypes} == {
+        "2007"
+    }
     with pytest.raises(UserError, match="split 'test' of data set 'voc' has no labels"):
-        scoring.score_run(str(workdir.path), "test", None, None)
+        score_run(str(workdir.path), "test", None, None)
     out = tmp_path / "out"
-    assert scoring.score_run(str(workdir.path), "test", None, str(out)) is None
+    assert score_run(str(workdir.path), "test", None, str(out)) is None
     (written,) = out.rglob("*.png")
     folder = "results/VOC2012/Segmentation/comp6_test_cls"
     assert written.relative_to(out).as_posix() == f"{folder}/2008_000006.png"
@@ -51,7 +53,7 @@ def test_cityscapes(tmp_path):
     workdir = train(tmp_path, "cityscapes")
     assert [e["phase"] for e in workdir.summary()] == PHASES
     out = tmp_path / "out"
-    scores = scoring.score_run(str(workdir.path), "validation", None, str(out))
+    scores = score_run(str(workdir.path), "validation", None, str(out))
     assert scores["images"] == 2 and len(scores["iou"]) == 19
     written = sorted(out.iterdir())
     assert [p.name for p in written] == [
@@ -60,4 +62,4 @@ def test_cityscapes(tmp_path):
     for path in written:
         prediction = np.array(Image.open(path))
         assert prediction.shape == (64, 128)
-        assert set(np.unique(prediction)) <= set(CITYSCAPES_IDS)
+        assert set(np.unique(prediction)) <= set(cityscapes.IDS)

@@ -12,7 +12,7 @@ import kill
 import numpy as np
 import pytest
 import test_step
-from discs import make_data
+from small import make_data
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent

@@ -4,54 +4,44 @@ import functools
 from unittest import mock
 
 import jax
-import ml_collections
 import numpy as np
 import optax
 import pytest
 
+from protoseg_jax import config as configs
 from protoseg_jax import inference as inferences
+from protoseg_jax import losses, models
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.errors import UserError
 from protoseg_jax.models.prototypes import equal_blocks
-from protoseg_jax.training import optimizer, phases
+from protoseg_jax.run import phases
+from protoseg_jax.training import optimizer
 from protoseg_jax.training import step as steps
 
 C, K, SIZE = 4, 3, (33, 33)
 
 
-def make_config(**loss):
-    model = {
-        "backbone": "resnet",
-        "depth": 14,
-        "width": 8,
-        "norm": "group",
-        "stride_in": "3x3",
-        "output_stride": 8,
-        "aspp_rates": (1, 2),
-        "head": "prototypes",
-        "features": 8,
-        "preprocessing": "imagenet",
-        "msc": (),
-        "remat": False,
-    }
-    loss = {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present", **loss}
-    return ml_collections.ConfigDict(
-        {"model": model, "loss": loss, "compute_dtype": "float32", "eval_size": SIZE}
-    )
+def make_config(reduction="present"):
+    config = configs.default()
+    config.eval_size = SIZE
+    config.model.update({"depth": 14, "width": 8, "norm": "group", "aspp_rates": (1, 2)})
+    config.model.update({"features": 8, "stride_in": "3x3", "preprocessing": "imagenet"})
+    config.loss.diversity_reduction = reduction
+    return config
 
 
 JOINT = phases.Phase(
     "joint", "train", 10, {"backbone": 1e-3, "aspp": 1e-3, "prototypes": 1e-3}, "poly"
 )
 WARMUP = phases.Phase("warmup", "train", 10, {"aspp": 1e-3, "prototypes": 1e-3})
-FINETUNE = phases.Phase("finetune", "train", 10, {"head": 1e-2}, l1=True)
+FINETUNE = phases.Phase("finetune", "train", 10, {"head": 1e-2})
 
 
 PHASES = {phase.name: phase for phase in (WARMUP, JOINT, FINETUNE)}
 
 
 def setup(config):
-    inference = inferences.from_config(config, C, C * K)
+    inference = inferences.from_config(config, C, equal_blocks(C * K, C))
     images = np.zeros((1, *SIZE, 3), np.float32)
     return inference, jax.jit(inference.model.init)(jax.random.key(0), images)["params"]
 
@@ -70,17 +60,21 @@ def make_batch(size=8):
 
 
 def mapped_step(pool, inference, phase, config, *, accumulate=1, sizes=((5, 5),)):
+    terms = losses.terms(config.loss, inference.classes, inference.num_classes)
     return pool.map(
         steps.make_step(
             inference,
             phase,
-            prototype_classes=equal_blocks(C * K, C),
-            num_classes=C,
-            loss_config=config.loss,
+            terms,
+            models.decay(config.model),
             accumulate=accumulate,
             feature_sizes=sizes,
         )
     )
+
+
+def init_state(params, phase):
+    return steps.init_state(params, phase, models.decay(make_config().model))
 
 
 @functools.cache
@@ -95,7 +89,7 @@ def sgd_on(pool, batch=None):
     Adam's first steps are hardly more than the gradient's sign, and would turn a rounding error
     where the gradient is nearly 0 into a whole step.
     """
-    with mock.patch.object(optimizer, "make", lambda phase, trainable: optax.sgd(0.05)):
+    with mock.patch.object(optimizer, "make", lambda phase, trainable, rules: optax.sgd(0.05)):
         state, _ = run_on(pool, "joint", count=5, batch=batch)
     return state.trainable
 
@@ -117,11 +111,11 @@ def assert_same_after_sgd(first, second):
 
 def run_on(pool, phase_name, accumulate=1, count=1, reduction="present", batch=None):
     """(state, metrics) after `count` steps on a batch (its part, with several processes)."""
-    config, phase = make_config(diversity_reduction=reduction), PHASES[phase_name]
+    config, phase = make_config(reduction), PHASES[phase_name]
     inference, params = setup(config)
     step = mapped_step(pool, inference, phase, config, accumulate=accumulate)
     _, frozen = steps.split(params, phase)
-    state = pool.replicate(steps.init_state(params, phase))
+    state = pool.replicate(init_state(params, phase))
     batch = make_batch() if batch is None else batch
     for _ in range(count):
         state, metrics = step(state, pool.replicate(frozen), {}, pool.shard(batch))
@@ -195,7 +189,7 @@ def test_multi_scale_losses_are_the_mean_over_the_outputs():
         pool = DevicePool(jax.local_devices()[:devices])
         step = mapped_step(pool, inference, JOINT, config, accumulate=accumulate, sizes=sizes)
         _, frozen = steps.split(params, JOINT)
-        state = pool.replicate(steps.init_state(params, JOINT))
+        state = pool.replicate(init_state(params, JOINT))
         _, metrics = step(state, pool.replicate(frozen), {}, pool.shard(batch))
         assert float(metrics["cross_entropy"][0]) == pytest.approx(np.mean(terms), rel=1e-5)
         assert 0 < float(metrics["diversity"][0]) <= 1
@@ -234,7 +228,7 @@ def test_all_void_batch_is_finite():
     step = mapped_step(pool, inference, JOINT, config)
     void = {**make_batch(), "label": np.full((8, *SIZE), 255, np.uint8)}
     _, frozen = steps.split(params, JOINT)
-    state = pool.replicate(steps.init_state(params, JOINT))
+    state = pool.replicate(init_state(params, JOINT))
     state, metrics = step(state, pool.replicate(frozen), {}, pool.shard(void))
     assert float(metrics["loss"][0]) == 0.0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(pool.first(state.trainable)))
@@ -263,7 +257,7 @@ def test_optimizer_is_adam_with_coupled_decay_where_the_method_has_it():
     tree = jax.tree.map(np.float32, tree)
     rates = {"backbone": 1e-4, "aspp": 1e-3, "prototypes": 1e-3}
     phase = phases.Phase("joint", "train", 5, rates, "poly")
-    transform = optimizer.make(phase, tree)
+    transform = optimizer.make(phase, tree, models.decay(make_config().model))
     gradients = [jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), tree) for _ in "123"]
     state, params = transform.init(tree), tree
     for g in gradients:
@@ -291,13 +285,22 @@ def test_frozen_groups_cost_nothing():
     for phase, limit in ((WARMUP, 1.25), (FINETUNE, 1.1)):
         step = mapped_step(pool, inference, phase, config)
         _, frozen = steps.split(params, phase)
-        state = pool.replicate(steps.init_state(params, phase))
+        state = pool.replicate(init_state(params, phase))
         lowered = step.lower(state, pool.replicate(frozen), {}, pool.shard(data))
         assert lowered.compile().cost_analysis()["flops"] <= limit * base, phase.name
 
 
+def test_a_group_that_no_decay_rule_covers_is_refused():
+    """Not silently left without decay."""
+    tree = {"backbone": {"kernel": np.ones(3)}, "neck": {"kernel": np.ones(3)}}
+    phase = phases.Phase("joint", "train", 5, {"backbone": 1e-3, "neck": 1e-3})
+    with pytest.raises(UserError, match="no decay rule covers the parameter group neck"):
+        optimizer.make(phase, tree, models.decay(make_config().model))
+
+
 def test_phases_of_a_black_box_have_the_same_budget():
-    config = ml_collections.ConfigDict({"model": {"backbone": "resnet", "head": "linear"}})
+    config = make_config()
+    config.model.head = "linear"
     training = {"learning_rates": {"aspp": 1e-3, "head": 1.0}, "schedule": "constant"}
     config.phases = {n: {"steps": 5, **training} for n in ("warmup", "joint", "finetune")}
     config.phases.projection = {"steps": 1}
@@ -316,9 +319,8 @@ def test_phases_of_a_black_box_have_the_same_budget():
     ],
 )
 def test_bad_phases_are_refused(change, message):
-    config = ml_collections.ConfigDict(
-        {"model": {"backbone": "resnet", "head": "prototypes"}, "phases": change}
-    )
+    config = make_config()
+    config.phases = change
     with pytest.raises(UserError, match=message):
         phases.from_config(config)
 
