@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from protoseg_jax.data.label_sets import CITYSCAPES, CITYSCAPES_IDS, VOC
+from protoseg_jax.data.sets import cityscapes, voc
 
 
 def stripes(classes, size, seed):
@@ -21,17 +21,17 @@ def stripes(classes, size, seed):
 
 def save_palette(path, labels):
     image = Image.fromarray(labels).convert("P")
-    image.putpalette([channel for colour in VOC.colours for channel in colour])
+    image.putpalette([channel for colour in voc.LABELS.colours for channel in colour])
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
 def make_voc(root, *, train_aug=True):
     """2 train, 2 augmented, 2 validation and 1 test images below root/VOCdevkit/VOC2012."""
-    voc = root / "VOCdevkit" / "VOC2012"
-    lists = voc / "ImageSets" / "Segmentation"
+    home = root / "VOCdevkit" / "VOC2012"
+    lists = home / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    (voc / "JPEGImages").mkdir()
+    (home / "JPEGImages").mkdir()
     stems = {
         "train": ["2007_000032", "2007_000039"],
         "aug": ["2008_000002", "2008_000007"],
@@ -41,11 +41,11 @@ def make_voc(root, *, train_aug=True):
     for number, (kind, stem) in enumerate((k, s) for k, names in stems.items() for s in names):
         labels, image = stripes(21, (60, 80) if number % 2 else (72, 64), number)
         labels[:3] = 255
-        Image.fromarray(image).save(voc / "JPEGImages" / f"{stem}.jpg", quality=95)
+        Image.fromarray(image).save(home / "JPEGImages" / f"{stem}.jpg", quality=95)
         if kind in ("train", "val"):
-            save_palette(voc / "SegmentationClass" / f"{stem}.png", labels)
+            save_palette(home / "SegmentationClass" / f"{stem}.png", labels)
         if kind != "test":
-            path = voc / "SegmentationClassAug" / f"{stem}.png"
+            path = home / "SegmentationClassAug" / f"{stem}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(labels).save(path)  # grey, as SBD's converted masks are
     for name in ("train", "val", "test"):
@@ -53,7 +53,7 @@ def make_voc(root, *, train_aug=True):
     if train_aug:
         lines = (f"/JPEGImages/{s}.jpg /SegmentationClassAug/{s}.png" for s in stems["aug"])
         (lists / "train_aug.txt").write_text("\n".join(lines) + "\n")
-    return voc
+    return home
 
 
 CITIES = {"train": ["aachen", "zurich"], "val": ["frankfurt"], "test": ["berlin"]}
@@ -65,8 +65,8 @@ def make_cityscapes(root, size=(64, 128)):
         for city in cities:
             for number in range(2):
                 name = f"{city}_00000{number}_000019"
-                labels, image = stripes(len(CITYSCAPES), size, number + len(city))
-                ids = np.array(CITYSCAPES_IDS, np.uint8)[labels]
+                labels, image = stripes(len(cityscapes.LABELS), size, number + len(city))
+                ids = np.array(cityscapes.IDS, np.uint8)[labels]
                 ids[:4] = 1  # ego vehicle: void
                 if split == "test":
                     ids[:] = 0

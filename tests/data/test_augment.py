@@ -1,22 +1,16 @@
 """Augmentation: scale, padding, crop, flip; image and labels stay together."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-import cv2
-import ml_collections
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protoseg_jax import config as configs
 from protoseg_jax.data import augment
 from protoseg_jax.data.augment import Augment
-from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.data.labels import VOID, generic
 from protoseg_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 GREY = (124, 116, 104)
 
 
@@ -72,7 +66,8 @@ def test_scale_is_uniform_in_its_range_and_every_place_is_cut():
     scales = np.array([c.size[0] for c in choices]) / 1000
     histogram, _ = np.histogram(scales, bins=10, range=(0.5, 1.5))
     assert histogram.sum() == 4000 and histogram.min() > 320 and histogram.max() < 480
-    tops = {augment.crop_box((7, 7), (5, 5), rng)[0] for _ in range(100)}
+    small = Augment((5, 5), (1.0, 1.0), GREY)
+    tops = {small.choose((7, 7), rng).box[0] for _ in range(100)}
     assert tops == {0, 1, 2}
 
 
@@ -80,7 +75,7 @@ def test_scale_is_uniform_in_its_range_and_every_place_is_cut():
 def test_labels_are_nearest_and_images_bilinear(scale):
     """Literally: half-pixel centres; no label appears that was not at the nearest source pixel."""
     source = example(23, 31)
-    h, w = augment.scaled_size((23, 31), scale)
+    h, w = int(23 * scale), int(31 * scale)
     out = Augment((h, w), (scale, scale), GREY).random_map(source, np.random.default_rng(3))
     flip = Augment((h, w), (scale, scale), GREY).choose((23, 31), np.random.default_rng(3)).flip
     label, image = out["label"], out["image"].astype(float)
@@ -101,13 +96,28 @@ def test_labels_are_nearest_and_images_bilinear(scale):
             assert abs(image[i, j, 0] - value) <= 1.5  # OpenCV interpolates bytes in fixed point
 
 
-def test_the_sheet_shows_box_crop_and_label(tmp_path):
-    command = [sys.executable, "-m", "protoseg_jax.data.augment", "--config=configs/demo.py"]
-    command += [f"--config.data.cache={tmp_path / 'cache'}", f"--sheet={tmp_path / 'sheet.png'}"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    sheet = cv2.cvtColor(cv2.imread(str(tmp_path / "sheet.png")), cv2.COLOR_BGR2RGB)
+def test_the_sheet_shows_box_crop_and_label():
+    """Eight rows: the scaled image with its box, what is cut from it, its label in colours."""
+    source = [example(90 + 2 * n, 100) for n in range(16)]
+    aug, labels = Augment((48, 40), (0.8, 1.2), GREY), generic("abcdefg")
+    sheet = augment.sheet(source, aug, labels, seed=3)
     red = (sheet == (255, 0, 0)).all(-1)
-    assert red.sum() > 8 * 4 * 100  # eight boxes, two pixels wide
+    assert red.sum() > 8 * 4 * 40  # eight boxes, two pixels wide
+    top = 0
+    for number in range(8):
+        shown = source[2 * number]
+        choice = aug.choose(shown["image"].shape[:2], np.random.default_rng([3, number]))
+        out = aug.random_map(shown, np.random.default_rng([3, number]))
+        boxed, left = red[top : top + choice.size[0], : choice.size[1]], choice.size[1] + 4
+        rows, cols = (np.nonzero(boxed.any(axis))[0] for axis in (1, 0))
+        ends = rows[0], cols[0], rows[-1], cols[-1]
+        expected = np.array(choice.box) + (0, 0, choice.box[0] - 1, choice.box[1] - 1)
+        assert np.abs(ends - expected).max() <= 1  # OpenCV's lines of two pixels
+        for picture in (out["image"], labels.paint(out["label"], (255, 255, 255))):
+            np.testing.assert_array_equal(sheet[top : top + 48, left : left + 40], picture)
+            left += 44
+        top += choice.size[0] + 4
+    assert top == len(sheet)
 
 
 def test_turns_and_elastic_draw_after_the_rest():
@@ -160,13 +170,10 @@ def test_elastic_moves_image_and_labels_alike_and_smoothly():
     assert min(same) > 0.4
 
 
-def test_only_square_crops_turn():
-    config = ml_collections.ConfigDict(
-        {
-            "crop_size": (32, 40),
-            "augment": {"scale": (1.0, 1.0), "turns": True},
-            "model": {"preprocessing": "imagenet"},
-        }
-    )
+def test_a_config_s_augmentation_and_only_square_crops_turn():
+    config = configs.default()
+    config.crop_size, config.augment.elastic = (32, 40), 2.0
+    assert augment.from_config(config, GREY) == Augment((32, 40), (0.5, 1.5), GREY, False, 2.0)
+    config.augment.turns = True
     with pytest.raises(UserError, match="not square"):
-        augment.from_config(config)
+        augment.from_config(config, GREY)

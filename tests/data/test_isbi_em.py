@@ -2,18 +2,17 @@
 
 import numpy as np
 import pytest
+from opened import load as load_named
 from PIL import Image
 from sections import BAD, make_folders, make_stacks, write_stack
 
-from protoseg_jax.data import builders, preprocessing
-from protoseg_jax.data.label_sets import VOID
+from protoseg_jax.data.labels import VOID
+from protoseg_jax.data.source import statistics
 from protoseg_jax.errors import UserError
 
 
 def load(root, seed=0):
-    return builders.load(
-        "isbi_em", data_dir=root / "em", cache_dir=root / "cache", seed=seed, void=None
-    )
+    return load_named("isbi_em", root / "em", root, seed=seed)
 
 
 @pytest.mark.parametrize("make", [make_stacks, make_folders])
@@ -21,7 +20,7 @@ def test_both_layouts_hold_the_same(tmp_path, make):
     sections = make(tmp_path / "em", count=12)
     data = load(tmp_path)
     assert data.splits == {"train": 8, "validation": 4}
-    assert data.label_set.names == ("membrane", "inside")
+    assert data.labels.names == ("membrane", "inside")
     seen = {}
     for split, count in data.splits.items():
         source = data.source(split)
@@ -54,7 +53,7 @@ def test_statistics_are_of_the_training_part_alone(tmp_path):
     data = load(tmp_path)
     source = data.source("train")
     images = np.stack([source[n]["image"] for n in range(len(source))]).astype(float)
-    mean, std = preprocessing.statistics(source)
+    mean, std = statistics(source)
     np.testing.assert_allclose(mean, images.mean((0, 1, 2)))
     np.testing.assert_allclose(std, images.std((0, 1, 2)))
 

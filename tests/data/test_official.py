@@ -1,31 +1,25 @@
 """Pascal VOC 2012 and Cityscapes as their owners hand them out."""
 
+import io
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
 from official import make_cityscapes, make_voc, zip_cityscapes
+from opened import everything, load, make_folder
 from PIL import Image
 
-from protoseg_jax.data import builders
-from protoseg_jax.data.label_sets import CITYSCAPES_IDS, VOC
+from protoseg_jax.data.sets import cityscapes, voc
 from protoseg_jax.errors import UserError
-from protoseg_jax.evaluation.submissions import submission
-
-
-def load(name, root, tmp_path):
-    return builders.load(name, data_dir=str(root), cache_dir=tmp_path / "cache", seed=0)
 
 
 def ids(data, split):
-    source = data.source(split)
-    return [source[n]["image_id"] for n in range(len(source))]
+    return [example["image_id"] for example in everything(data.source(split))]
 
 
 def content(data):
-    return {
-        split: [data.source(split)[n] for n in range(count)] for split, count in data.splits.items()
-    }
+    return {split: everything(data.source(split)) for split in data.splits}
 
 
 def assert_same_content(first, second):
@@ -38,20 +32,20 @@ def assert_same_content(first, second):
 
 
 def test_pascal_s_palette_is_the_official_one():
-    assert VOC.colours[1] == (128, 0, 0) and VOC.colours[8] == (64, 0, 0)
-    assert VOC.colours[15] == (192, 128, 128) and VOC.colours[20] == (0, 64, 128)
+    assert voc.LABELS.colours[1] == (128, 0, 0) and voc.LABELS.colours[8] == (64, 0, 0)
+    assert voc.LABELS.colours[15] == (192, 128, 128) and voc.LABELS.colours[20] == (0, 64, 128)
 
 
 def test_voc(tmp_path):
-    voc = make_voc(tmp_path)
-    for root in (tmp_path, voc.parent, voc):
+    home = make_voc(tmp_path)
+    for root in (tmp_path, home.parent, home):
         data = load("voc", root, tmp_path)
         assert data.splits == {"train_aug": 2, "train": 2, "validation": 2, "test": 1}
     assert ids(data, "train_aug") == ["2008_000002", "2008_000007"]
     for split, stem in (("train", "2007_000039"), ("train_aug", "2008_000007")):
         example = data.source(split)[1]
         assert example["image_id"] == stem
-        mask = Image.open(voc / "SegmentationClassAug" / f"{stem}.png")
+        mask = Image.open(home / "SegmentationClassAug" / f"{stem}.png")
         np.testing.assert_array_equal(example["label"], np.array(mask))
         assert (example["label"][:3] == 255).all() and example["label"][3:].max() <= 20
     assert data.labelled("validation") and not data.labelled("test")
@@ -91,7 +85,7 @@ def test_cityscapes(tmp_path):
     example = data.source("validation")[1]
     folder = root / "gtFine" / "val" / "frankfurt"
     raw = np.array(Image.open(folder / "frankfurt_000001_000019_gtFine_labelIds.png"))
-    expected = [CITYSCAPES_IDS.index(i) if i in CITYSCAPES_IDS else 255 for i in raw.ravel()]
+    expected = [cityscapes.IDS.index(i) if i in cityscapes.IDS else 255 for i in raw.ravel()]
     np.testing.assert_array_equal(example["label"].ravel(), expected)
     assert not data.labelled("test")
 
@@ -197,26 +191,40 @@ def test_a_damaged_zip_is_named(tmp_path):
         load("cityscapes", tmp_path / "zips", tmp_path)
 
 
+def test_a_damaged_member_of_a_zip_is_named(tmp_path):
+    make_cityscapes(tmp_path / "tree")
+    zip_cityscapes(tmp_path / "tree", tmp_path / "zips")
+    path = tmp_path / "zips" / "leftImg8bit_trainvaltest.zip"
+    with zipfile.ZipFile(path) as archive:
+        first = min(i.header_offset for i in archive.infolist() if i.filename.endswith(".png"))
+    data = bytearray(path.read_bytes())
+    data[first + 200 : first + 260] = bytes(60)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="_leftImg8bit.png in .*/leftImg8bit_trainval.* is damaged"):
+        load("cityscapes", tmp_path / "zips", tmp_path)
+
+
 def test_submissions(tmp_path):
     labels = np.random.default_rng(0).integers(0, 19, (16, 32)).astype(np.uint8)
+    for name, make in (("voc", make_voc), ("cityscapes", make_cityscapes), ("folder", make_folder)):
+        make(tmp_path / name)
     for name, split, expected in (
         ("voc", "validation", "results/VOC2012/Segmentation/comp6_val_cls/x.png"),
         ("voc", "test", "results/VOC2012/Segmentation/comp6_test_cls/x.png"),
         ("cityscapes", "test", "x_pred_labelIds.png"),
         ("folder", "validation", "x.png"),
     ):
-        path, png = submission(name, split, "x", labels)
+        path, png = load(name, tmp_path / name, tmp_path).submission(split, "x", labels)
         assert path == expected
-        (tmp_path / "a.png").write_bytes(png)
-        image = Image.open(tmp_path / "a.png")
+        image = Image.open(io.BytesIO(png))
         values = np.array(image)
         if name == "cityscapes":
-            values = np.vectorize(CITYSCAPES_IDS.index)(values)
+            values = np.vectorize(cityscapes.IDS.index)(values)
         np.testing.assert_array_equal(values, labels)
         if name == "voc":
             assert image.mode == "P"
             colours = np.array(image.convert("RGB"))
-            np.testing.assert_array_equal(colours, np.array(VOC.colours)[labels])
+            np.testing.assert_array_equal(colours, np.array(voc.LABELS.colours)[labels])
 
 
 @pytest.mark.parity
@@ -230,14 +238,15 @@ def test_cityscapes_own_evaluator_agrees(tmp_path):
 
     root = tmp_path / "tree"
     make_cityscapes(root)
-    source = load("cityscapes", root, tmp_path).source("validation")
+    data = load("cityscapes", root, tmp_path)
+    source = data.source("validation")
     rng, confusion, truths, predictions = np.random.default_rng(0), 0, [], []
     for n in range(len(source)):
         image_id, label = source[n]["image_id"], source[n]["label"]
         guess = np.where(rng.random(label.shape) < 0.7, label, rng.integers(0, 19, label.shape))
         guess = np.where(guess == 255, 3, guess).astype(np.uint8)
         confusion = confusion + np.asarray(segmentation.confusion_matrix(guess, label, 19))
-        path, png = submission("cityscapes", "validation", image_id, guess)
+        path, png = data.submission("validation", image_id, guess)
         (tmp_path / path).write_bytes(png)
         predictions.append(str(tmp_path / path))
         folder = root / "gtFine" / "val" / "frankfurt"

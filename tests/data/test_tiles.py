@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protoseg_jax.data.label_sets import VOID
-from protoseg_jax.data.tiles import Tiled, own_parts, starts
+from protoseg_jax.data.labels import VOID
+from protoseg_jax.data.tiles import Tiled, cuts, moved, own_parts, starts
 from protoseg_jax.errors import UserError
 
 
@@ -61,6 +61,32 @@ def test_every_pixel_is_labelled_once_and_by_its_own_label():
     for number, labels in enumerate(seen):
         np.testing.assert_array_equal(labels, source[number]["label"])
     assert [p.image for p in tiled.places].count(1) == 1  # as large as a tile: one
+
+
+def test_labels_of_tiles_are_stitched_to_those_of_their_images():
+    source = Images()
+    tiled = Tiled(source, (20, 20), 6)
+    # Only a tile's own part may count, so what else it says is made wrong.
+    found = ((n, tiled[n]["label"]) for n in range(len(tiled)))
+    whole = dict(tiled.stitch(found))
+    assert list(whole) == [0, 1, 2]
+    for number, labels in whole.items():
+        np.testing.assert_array_equal(labels, source[number]["label"])
+
+
+def test_cuts_of_an_image_are_its_tiles_or_all_of_it():
+    image = Images()[0]["image"]
+    ((corner, own, pixels),) = cuts(image, (20, 20), None)
+    assert (corner, own) == ((0, 0), (0, 0, 30, 40)) and pixels is image
+    tiled = Tiled([Images()[0]], (20, 20), 6)
+    for place, (corner, own, pixels) in zip(tiled.places, cuts(image, (20, 20), 6), strict=True):
+        assert (corner, own) == (place.corner, place.own)
+        np.testing.assert_array_equal(pixels, image[corner[0] :, corner[1] :][:20, :20])
+        box = [3, 4, 9, 8]
+        top, left, bottom, right = moved(box, corner)
+        np.testing.assert_array_equal(pixels[3:9, 4:8], image[top:bottom, left:right])
+    with pytest.raises(UserError, match="is 30×40, and tiles of 50×20"):
+        next(cuts(image, (50, 20), 4))
 
 
 def test_what_cannot_be_tiled():

@@ -1,61 +1,38 @@
-"""Builders: what is read is what lies on disk; changed sources; what is wrong gets one line."""
+"""Data sets: what is read is what lies on disk; changed sources; what is wrong gets one line."""
 
+import os
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from opened import SIZES, config_of, everything, make_folder
+from opened import load as load_named
 from PIL import Image
 
-from protoseg_jax.data import builders
-from protoseg_jax.data.builders.base import SegmentationData
-from protoseg_jax.data.builders.parts import Parts, scene, sheet
-from protoseg_jax.data.label_sets import PARTS, VOID
+from protoseg_jax.data import prepare
+from protoseg_jax.data.labels import VOID
+from protoseg_jax.data.sets import parts as parts_set
 from protoseg_jax.errors import UserError
-
-SIZES = [(20, 30), (33, 21), (40, 40)]
-
-
-def make_folder(root, count=10, palette=True, void=255):
-    rng = np.random.default_rng(0)
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
-    (root / "classes.txt").write_text("sky\nsea\nland\n")
-    for n in range(count):
-        size = SIZES[n % 3]
-        pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(root / "images" / f"im{n}.png")
-        values = rng.choice([0, 1, 2, void], size).astype(np.uint8)
-        mask = Image.fromarray(values)
-        if palette and n % 2:
-            mask = mask.convert("P")
-            mask.putdata(values.ravel().tolist())
-            mask.putpalette([7, 7, 7] * 256)  # colours say nothing: indices do
-        mask.save(root / "masks" / f"im{n}.png")
-    return root
 
 
 def load(root, tmp_path, **options):
-    return builders.load(
-        "folder", data_dir=str(root), cache_dir=tmp_path / "cache", seed=0, **options
-    )
+    return load_named("folder", root, tmp_path, **options)
 
 
-def everything(data: SegmentationData):
-    return {e["image_id"]: e for s in data.splits for e in _all(data.source(s))}
-
-
-def _all(source):
-    return [source[n] for n in range(len(source))]
+def by_id(data):
+    return {e["image_id"]: e for split in data.splits for e in everything(data.source(split))}
 
 
 def test_folder_round_trip_in_several_sizes(tmp_path):
     root = make_folder(tmp_path / "own", void=9)
-    data = load(root, tmp_path, void=9)
+    data = load(root, tmp_path, **{"data.void": 9})
     assert data.splits == {"train": 8, "validation": 2}
-    assert data.label_set.names == ("sky", "sea", "land")
-    examples = everything(data)
+    assert data.labels.names == ("sky", "sea", "land")
+    examples = by_id(data)
     assert len(examples) == 10
     for stem, example in examples.items():
         np.testing.assert_array_equal(
@@ -63,7 +40,7 @@ def test_folder_round_trip_in_several_sizes(tmp_path):
         )
         raw = np.array(Image.open(root / "masks" / f"{stem}.png"))
         np.testing.assert_array_equal(example["label"], np.where(raw == 9, VOID, raw))
-    labels = np.concatenate([e["label"].ravel() for e in _all(data.source("train"))])
+    labels = np.concatenate([e["label"].ravel() for e in everything(data.source("train"))])
     assert data.class_pixels("train").tolist() == [int((labels == c).sum()) for c in range(3)]
     assert data.label_size("train") == (40, 40)
 
@@ -80,15 +57,15 @@ def test_split_lists_are_followed(tmp_path):
     (root / "train.txt").write_text("im3\nim1\n")
     (root / "validation.txt").write_text("im2\n")
     data = load(root, tmp_path)
-    assert [e["image_id"] for e in _all(data.source("train"))] == ["im3", "im1"]
-    assert [e["image_id"] for e in _all(data.source("validation"))] == ["im2"]
+    assert [e["image_id"] for e in everything(data.source("train"))] == ["im3", "im1"]
+    assert [e["image_id"] for e in everything(data.source("validation"))] == ["im2"]
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
     root = make_folder(tmp_path / "own")
-    before = everything(load(root, tmp_path))["im0"]["image"]
+    before = by_id(load(root, tmp_path))["im0"]["image"]
     Image.fromarray(255 - before).save(root / "images" / "im0.png")
-    after = everything(load(root, tmp_path))["im0"]["image"]
+    after = by_id(load(root, tmp_path))["im0"]["image"]
     np.testing.assert_array_equal(after, 255 - before)
 
 
@@ -102,12 +79,12 @@ def test_camvid_layout(tmp_path):
             Image.fromarray(pixels).save(tmp_path / split / f"{split}{n}.{suffix}")
             mask = rng.integers(0, 12, (12, 16)).astype(np.uint8)
             Image.fromarray(mask).save(tmp_path / f"{split}annot" / f"{split}{n}.png")
-    data = builders.load("camvid", data_dir=str(tmp_path), cache_dir=tmp_path / "cache", seed=0)
+    data = load_named("camvid", tmp_path, tmp_path)
     assert data.splits == {"train": 3, "validation": 3}
     example = data.source("validation")[1]
     raw = np.array(Image.open(tmp_path / "valannot" / "val1.png"))
     np.testing.assert_array_equal(example["label"], np.where(raw == 11, VOID, raw))
-    assert len(data.label_set) == 11
+    assert len(data.labels) == 11
 
 
 def spoil_missing_mask(root):
@@ -177,30 +154,30 @@ def test_bad_folders_get_one_line_and_leave_nothing(tmp_path, spoil, words):
 )
 def test_bad_requests(tmp_path, name, data_dir, words):
     with pytest.raises(UserError, match=words):
-        builders.load(name, data_dir=data_dir, cache_dir=tmp_path, seed=0)
+        load_named(name, data_dir, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("parts")
     sizes = {"train": 24, "validation": 12, "test": 12}
-    builder = Parts(cache_dir=tmp_path_factory.mktemp("parts"), seed=3, sizes=sizes)
-    builder.prepare()
-    return SegmentationData(builder)
+    dataset = parts_set.open(config_of("parts", None, cache, seed=3), sizes)
+    return prepare.prepare(dataset, cache)
 
 
 def test_parts_is_decided_by_its_seed(parts):
-    image, label, part = scene(3, 1, 5)
+    image, label, part = parts_set.scene(3, 1, 5)
     stored = parts.source("validation")[5]
     for name, array in (("image", image), ("label", label), ("parts", part)):
         np.testing.assert_array_equal(stored[name], array)
-    assert (scene(4, 1, 5)[0] != image).any()
+    assert (parts_set.scene(4, 1, 5)[0] != image).any()
 
 
 def test_every_class_and_every_part_is_there(parts):
     for split in parts.splits:
         assert (parts.class_pixels(split) > 0).all()
     owners = {}
-    for example in _all(parts.source("train")):
+    for example in everything(parts.source("train")):
         for number in np.unique(example["parts"]):
             owners.setdefault(int(number), set()).update(
                 np.unique(example["label"][example["parts"] == number]).tolist()
@@ -208,7 +185,7 @@ def test_every_class_and_every_part_is_there(parts):
     assert sorted(owners) == list(range(len(parts.part_names)))
     assert owners.pop(0) == {0}
     assert all(len(classes) == 1 for classes in owners.values())
-    for c, name in enumerate(PARTS.names[1:], 1):
+    for c, name in enumerate(parts.labels.names[1:], 1):
         own = [p for p, classes in owners.items() if classes == {c}]
         assert len(own) >= 4
         assert all(parts.part_names[p].startswith(name) for p in own)
@@ -216,7 +193,7 @@ def test_every_class_and_every_part_is_there(parts):
 
 def test_colour_alone_cannot_solve_parts(parts):
     """The best guess from a pixel's colour bin, learnt and scored on the very same pixels."""
-    examples = _all(parts.source("train"))
+    examples = everything(parts.source("train"))
     colours = np.concatenate([e["image"].reshape(-1, 3) // 64 for e in examples]).astype(int)
     labels = np.concatenate([e["label"].ravel() for e in examples])
     bins = colours @ [16, 4, 1]
@@ -230,28 +207,80 @@ def test_colour_alone_cannot_solve_parts(parts):
     assert np.mean(iou) < 0.3
 
 
-def test_sheet_shows_images_beside_their_labels():
-    picture = sheet(0, count=4, columns=2)
-    assert picture.shape == (256, 512, 3)
-    image, label, _ = scene(0, 0, 0)
-    np.testing.assert_array_equal(picture[:128, :128], image)
-    np.testing.assert_array_equal(picture[:128, 128:256], np.array(PARTS.colours)[label])
+def test_a_prepared_folder_is_found_again(parts):
+    """Its name is part of what a cache holds: another one would prepare everything anew."""
+    dataset = parts_set.open(config_of("parts", None, ""))
+    assert prepare.fingerprint(dataset.source) == "309708fd8fe3b1b3"
+    assert parts.folder.endswith("parts/1.0.0")
 
 
-def test_the_sheet_command(tmp_path):
-    command = [sys.executable, "-m", "protoseg_jax.data.builders.parts", "--sheet"]
-    result = subprocess.run([*command, str(tmp_path / "s.png")], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert np.array(Image.open(tmp_path / "s.png")).shape == (4 * 128, 5 * 256, 3)
+def test_a_data_set_from_outside(tmp_path, monkeypatch, capsys):
+    """By dotted path; its classes need no preparing, and are asked of `open` if it must be."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dots.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of("mine.dots", None, tmp_path / "cache")
+    assert prepare.labels_of(config).names == ("ground", "dot")
+    assert not (tmp_path / "cache").exists()
+    data = prepare.open_data(config)
+    assert data.splits == {"train": 3, "validation": 2} and data.name == "dots"
+    assert data.source("train")[2]["image_id"] == "train2"
+    assert data.class_pixels("validation").tolist() == [46, 2]
+    assert data.submission("validation", "a", np.zeros((2, 2), np.uint8))[0] == "a.png"
+    assert "preparing dots train: image 3/3" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match="split 'test' does not exist in data set 'dots'; it has tr"
+    ):
+        data.source("test")
+
+
+OUTSIDE = """
+import numpy as np
+from protoseg_jax import images
+from protoseg_jax.data import prepare
+from protoseg_jax.data.labels import generic
+
+def open(config):
+    def example(split, number):
+        label = np.zeros((4, 6), np.uint8)
+        label[1, number] = 1
+        image = images.encode(np.repeat(200 * label[..., None], 3, 2))
+        return prepare.Example(f"{split}{number}", image, label)
+
+    splits = {"train": range(3), "validation": range(2)}
+    return prepare.DataSet("dots", generic(["ground", "dot"]), splits, example, [config.seed])
+"""
+
+
+def test_what_lies_damaged_in_the_cache(tmp_path):
+    data = load(make_folder(tmp_path / "own"), tmp_path)
+    (records,) = Path(data.folder).glob("folder-train.array_record*")
+    content = bytearray(records.read_bytes())
+    content[200:-200] = bytes(len(content) - 400)
+    records.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read; delete that folder"):
+        everything(data.source("train"))
+    shutil.rmtree(data.folder)
+    with pytest.raises(UserError, match="cannot be read .*; start the same command again"):
+        data.source("train")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match="data cache .* cannot be written .*; set data.cache"):
+        load(make_folder(tmp_path / "own"), tmp_path)
 
 
 def test_no_tensorflow(tmp_path):
     code = (
-        "import sys; from protoseg_jax.data.builders.parts import Parts\n"
-        "from protoseg_jax.data.builders.base import SegmentationData\n"
-        f"b = Parts(cache_dir={str(tmp_path)!r}, seed=0, sizes={{'train': 2}}); b.prepare()\n"
-        "SegmentationData(b).source('train')[0]\n"
+        "import sys; from opened import config_of\n"
+        "from protoseg_jax.data import prepare; from protoseg_jax.data.sets import parts\n"
+        f"config = config_of('parts', None, {str(tmp_path)!r})\n"
+        "prepare.prepare(parts.open(config, {'train': 2}), config.data.cache).source('train')[0]\n"
         "assert 'tensorflow' not in sys.modules\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,107 @@
+"""Pictures: what is encoded decodes, what is none is refused, crops know where the patch lies."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from protoseg_jax import images
+from protoseg_jax.errors import UserError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp"])
+def test_lossless_formats_give_back_the_pixels(suffix):
+    np.testing.assert_array_equal(images.decode(images.encode(PIXELS, suffix)), PIXELS)
+    grey = PIXELS[..., 0]
+    np.testing.assert_array_equal(images.decode(images.encode(grey, suffix), grey=True), grey)
+    with Image.open(io.BytesIO(images.encode(PIXELS, suffix))) as opened:
+        np.testing.assert_array_equal(np.array(opened), PIXELS)  # RGB, not BGR
+
+
+def test_jpeg_is_of_the_asked_quality():
+    smooth = np.repeat(np.mgrid[:64, :64].sum(0)[..., None], 3, 2).astype(np.uint8)
+    low, high = (images.encode(smooth, ".jpg", quality) for quality in (20, 95))
+    assert len(low) < len(high)
+    assert np.abs(images.decode(high).astype(int) - smooth).max() <= 4
+
+
+def test_orientation_is_followed_and_no_image_is_a_value_error(tmp_path):
+    turned = Image.fromarray(PIXELS)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for read in (
+        images.read(tmp_path / "turned.png"),
+        images.read(Image.open(tmp_path / "turned.png")),
+    ):
+        np.testing.assert_array_equal(read, np.rot90(PIXELS, -1))
+    for data in (b"", b"no image"):
+        with pytest.raises(ValueError, match="not an image"):
+            images.decode(data)
+
+
+def test_what_can_be_read_as_an_image(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    for image in (PIXELS, Image.fromarray(PIXELS), tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(images.read(image), PIXELS)
+    grey = PIXELS[..., 0]
+    for image in (grey, grey[..., None], Image.fromarray(grey)):
+        np.testing.assert_array_equal(images.read(image), np.stack([grey] * 3, -1))
+    (tmp_path / "{text}.png").write_text("no image")
+    Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(tmp_path / "alpha.png")
+    for bad, words in (
+        (tmp_path / "{text}.png", "{text}.png does not decode"),
+        (tmp_path / "none.png", "does not exist"),
+        (tmp_path / "alpha.png", "is RGBA, neither RGB nor grey"),
+        (PIXELS.astype(np.float32), "is float32"),
+        (np.zeros((3, 4, 5), np.uint8), r"is uint8 \[3, 4, 5\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            images.read(bad)
+
+
+def test_masks_hold_indices_and_must_be_masks():
+    values = PIXELS[..., 0] % 5
+    for colours in ((), [(c, 9, 9) for c in (7, 7, 1, 2, 3)]):
+        png = images.palette_png(values, colours)
+        np.testing.assert_array_equal(images.decode_mask(png, "m"), values)
+    with pytest.raises(UserError, match="mask m has mode RGB"):
+        images.decode_mask(images.encode(PIXELS), "m")
+    with pytest.raises(UserError, match="mask {m} does not decode; replace the file"):
+        images.decode_mask(b"no image", "{m}")
+
+
+def test_sizes():
+    assert images.resize_image(PIXELS, (12, 17)) is PIXELS
+    assert images.resize_image(PIXELS, (5, 9)).shape == (5, 9, 3)
+    twice = images.resize_labels(PIXELS[..., 0], (24, 34))
+    np.testing.assert_array_equal(twice, PIXELS[..., 0].repeat(2, 0).repeat(2, 1))
+    assert images.shrink(PIXELS, 17) is PIXELS and images.shrink(PIXELS, 8).shape == (6, 8, 3)
+    np.testing.assert_array_equal(
+        images.shrink(np.kron(PIXELS[:2, :3], np.ones((4, 4, 1), np.uint8)), 3), PIXELS[:2, :3]
+    )
+    padded = images.pad_and_crop(PIXELS, (9, 2, 5, 20), (1, 2, 3))
+    np.testing.assert_array_equal(padded[:3, :15], PIXELS[9:, 2:])
+    assert (padded[3:] == (1, 2, 3)).all() and (padded[:, 15:] == (1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("box", [[0, 0, 3, 4], [40, 50, 44, 53], [57, 70, 60, 80]])
+def test_a_crop_has_surroundings_and_knows_its_patch(box):
+    image = np.random.default_rng(1).integers(0, 256, (60, 80, 3)).astype(np.uint8)
+    crop, inner = images.crop_with_context(image, box)
+    top, left, bottom, right = box
+    y, x, down, across = inner
+    np.testing.assert_array_equal(crop[y:down, x:across], image[top:bottom, left:right])
+    assert inner == images.inner_box(box, (60, 80))
+    for least, sides in (
+        (2 * (bottom - top), (y, len(crop) - down)),
+        (2 * (right - left), (x, crop.shape[1] - across)),
+    ):
+        assert max(sides) == max(least, 5)  # two patches, or a twelfth of the shorter side
+
+
+def test_file_names():
+    assert images.file_name("a b/c.é-1") == "a_b_c_é_1"
