@@ -62,8 +62,8 @@ def by_margin(similarities: Float[Array, "s m"], kernel: Float[Array, "m c"]) ->
 
 
 def figures(sums: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Any]:
-    """ "faithfulness": mean over k of the share that survives random removals less that of removals
-    by contribution; "survival" and "random_survival": the two curves; None without a point."""
+    """The share that survives random removals less that of removals by contribution, mean over k
+    ("faithfulness"); and the curves of the latter and the former; None without a point."""
     left, left_at_random, samples = sums
     if not samples:
         return dict.fromkeys(("faithfulness", "survival", "random_survival"))

@@ -30,13 +30,8 @@ class OverlapSums(NamedTuple):
 
 
 def make(context: Context) -> Measure:
-    """`figures` of the `image_sums` over a split; None both for the black box."""
-    return Measure(_step, figures) if context.inference.num_prototypes else NOT_MEASURED
-
-
-def _step(seen: Seen) -> OverlapSums:
-    label, size, model = seen.batch["label"], seen.batch["size"], seen.inference
-    return image_sums(seen.output.similarities, label, size, model.classes, model.num_classes)
+    """`figures` of the `sums` over a split; None both for the black box."""
+    return Measure(sums, figures) if context.inference.num_prototypes else NOT_MEASURED
 
 
 def _sort_keys(x: Float[Array, "..."]) -> Int[Array, "..."]:
@@ -70,13 +65,7 @@ def top(x: Float[Array, "*n"], inside: Bool[Array, "*n"], share: int) -> Bool[Ar
     return (keys >= low) & inside
 
 
-def image_sums(
-    similarities: Float[Array, "h w m"],
-    label: Int[Array, "H W"],
-    size: Int[Array, "2"],
-    prototype_classes: Int[np.ndarray, " m"],
-    num_classes: int,
-) -> OverlapSums:
+def sums(seen: Seen) -> OverlapSums:
     """Overlap of same-class prototypes' activations (Table 2), summed over an image's classes.
 
     For each class in the image's labels: the similarity map of each prototype of the class, brought
@@ -85,22 +74,16 @@ def image_sums(
 
     Works through classes and prototypes one after another, so that only one map and one class's
     masks are at full size, and passes over classes that are absent.
-
-    Args:
-      similarities: eq. 1, at the feature map's resolution.
-      label: at full size on the canvas, void outside the image's size.
-      size: the image's own (height, width).
-      prototype_classes: c(j), static.
-      num_classes: C.
     """
-    table = class_table(prototype_classes, num_classes)
-    canvas = label.shape
+    similarities, label, size = seen.output.similarities, seen.batch["label"], seen.batch["size"]
+    table = class_table(seen.inference.classes, seen.inference.num_classes)
     upper = np.triu(np.ones(2 * table.shape[1:], bool), 1)
-    inside = (jnp.arange(canvas[0]) < size[0])[:, None] & (jnp.arange(canvas[1]) < size[1])
+    height, width = label.shape
+    inside = (jnp.arange(height) < size[0])[:, None] & (jnp.arange(width) < size[1])
 
     def active(j: Int[Array, ""]) -> Bool[Array, "H W"]:
-        full = upsample(similarities[None, :, :, j, None], size[None], canvas)[0, :, :, 0]
-        return top(full, inside, _SHARE)
+        full = upsample(similarities[None, :, :, j, None], size[None], label.shape)
+        return top(full[0, :, :, 0], inside, _SHARE)
 
     def class_sums(own: Int[Array, " k"]) -> OverlapSums:
         masks = jax.lax.map(active, jnp.maximum(own, 0)).reshape(len(own), -1).astype(jnp.int8)
@@ -115,16 +98,16 @@ def image_sums(
     def add(total: OverlapSums, class_and_own):
         c, own = class_and_own
         enters = (label == c).any() & ((own >= 0).sum() > 1)
-        sums = jax.lax.cond(enters, class_sums, lambda _: zero, own)
-        return jax.tree.map(jnp.add, total, sums), None
+        found = jax.lax.cond(enters, class_sums, lambda _: zero, own)
+        return jax.tree.map(jnp.add, total, found), None
 
     zero = OverlapSums(*[jnp.zeros(())] * 4)
-    return jax.lax.scan(add, zero, (jnp.arange(num_classes), jnp.asarray(table)))[0]
+    return jax.lax.scan(add, zero, (jnp.arange(len(table)), jnp.asarray(table)))[0]
 
 
-def figures(sums: OverlapSums) -> dict[str, float | None]:
-    """ "overlap": mean of the pairs' IoUs; "overlap_pooled": ΣI/ΣU; None without pairs."""
-    iou, pairs, intersection, union = sums
+def figures(pooled: OverlapSums) -> dict[str, float | None]:
+    """The mean of the pairs' IoUs, and ΣI/ΣU ("overlap_pooled"); None without pairs."""
+    iou, pairs, intersection, union = pooled
     return {
         "overlap": iou / pairs if pairs else None,
         "overlap_pooled": intersection / union if union else None,

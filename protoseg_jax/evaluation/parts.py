@@ -132,9 +132,9 @@ def figures(
     """Over the prototypes of classes with parts; None without any.
 
     Args:
-      sums: "hits" [k m]: images in which a prototype hit a part; "visible" [k]: images in which a
-        part is visible; "unchanged" and "pairs": (prototype, image) pairs whose hits are the same
-        under noise, and all.
+      sums: images in which a prototype hit a part ("hits" [k m]) and in which a part is visible
+        ("visible" [k]); (prototype, image) pairs ("pairs") and those whose hits are the same under
+        noise ("unchanged").
       prototype_classes: c(j), [M].
       part_classes: the class of each part, [K].
 

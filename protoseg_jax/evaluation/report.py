@@ -110,19 +110,14 @@ TABLES = (
     (
         "Table 3: the stages",
         "data | paper's stage | our phase | prototypes | ours | paper: mIoU | ours: mIoU",
-        ("voc", "imagenet", "warmup", "warm-up | {phase} | 210 | {count} | 25.65 | {miou}"),
-        ("voc", "imagenet", "joint", "joint | {phase} | 210 | {count} | 68.24 | {miou}"),
-        ("voc", "imagenet", "finetune", "projection | {phase} | 201 | {count} | 72.00 | {miou}"),
-        ("voc", "imagenet", _LAST, "pruning | {phase} | 133 | {count} | 72.05 | {miou}"),
-        ("cityscapes", "imagenet", "warmup", "warm-up | {phase} | 190 | {count} | 31.45 | {miou}"),
-        ("cityscapes", "imagenet", "joint", "joint | {phase} | 190 | {count} | 65.38 | {miou}"),
-        (
-            "cityscapes",
-            "imagenet",
-            "finetune",
-            "projection | {phase} | 188 | {count} | 67.24 | {miou}",
-        ),
-        ("cityscapes", "imagenet", _LAST, "pruning | {phase} | 128 | {count} | 67.23 | {miou}"),
+        ("voc", "imagenet", "warmup", "warm-up | {phase} | 210 | {m} | 25.65 | {miou}"),
+        ("voc", "imagenet", "joint", "joint | {phase} | 210 | {m} | 68.24 | {miou}"),
+        ("voc", "imagenet", "finetune", "projection | {phase} | 201 | {m} | 72.00 | {miou}"),
+        ("voc", "imagenet", _LAST, "pruning | {phase} | 133 | {m} | 72.05 | {miou}"),
+        ("cityscapes", "imagenet", "warmup", "warm-up | {phase} | 190 | {m} | 31.45 | {miou}"),
+        ("cityscapes", "imagenet", "joint", "joint | {phase} | 190 | {m} | 65.38 | {miou}"),
+        ("cityscapes", "imagenet", "finetune", "projection | {phase} | 188 | {m} | 67.24 | {miou}"),
+        ("cityscapes", "imagenet", _LAST, "pruning | {phase} | 128 | {m} | 67.23 | {miou}"),
     ),
     (
         "Table 4: EM",
@@ -133,7 +128,7 @@ TABLES = (
 )
 
 # Without the recipe a figure cannot stand beside the paper's: section 4's for Pascal and
-# Cityscapes, for EM, whose supplement is missing, a follow-up's.
+# Cityscapes; for EM, whose supplement is missing, a follow-up's.
 _DEEPLAB = {
     "batch_size": 10,
     "model.depth": 101,
@@ -201,13 +196,11 @@ def read(folder: str) -> Run:
     Raises:
       UserError: it holds no run.
     """
-    workdir = Workdir.existing(folder)
-    scored = map(read_json, (workdir.path / "eval").glob("validation-*.json"))
-    taken = {
-        scores["phase"]: scores["interpretability"]
-        for scores in scored
-        if "interpretability" in scores and not scores.get("flips")
-    }
+    workdir, taken = Workdir.existing(folder), {}
+    for path in (workdir.path / "eval").glob("validation-*.json"):
+        scores = read_json(path)
+        if "interpretability" in scores and not scores.get("flips"):
+            taken[scores["phase"]] = scores["interpretability"]
     phases = {entry["phase"]: entry for entry in workdir.summary()}
     return Run(json.loads(workdir.config().to_json()), phases, taken)
 
@@ -235,7 +228,7 @@ def tables(runs: Sequence[Run]) -> str:
                 for key in ("miou", "overlap", "f_error")
             }
             count = mean_deviation((x.get("num_prototypes") for x in scores), 1.0, 0)
-            line = line.format(phase=f"`{phase}`", count=count, **ours)
+            line = line.format(phase=f"`{phase}`", m=count, **ours)
             lines.append(f"{_SETS[name]} | {line}" if head.startswith("data") else line)
         texts.append(_markdown(title, head, lines))
     note = (
@@ -251,24 +244,19 @@ def _markdown(title: str, head: str, lines: Iterable[str]) -> str:
 
 
 def _measures(runs: Sequence[Run]) -> list[str]:
-    """The table of measures after the last phase; none without any.
-
-    A row is a data set, a class held out if any, and λ_J.
-    """
+    """The table of measures after the last phase, a row a data set, class held out and λ_J; none
+    without any."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    names: dict[str, None] = {}
-    for run in runs:
-        if _LAST in run.measures:
-            data = run.config["data"]
-            name = _SETS.get(data["name"], data["name"])
-            if data["held_out"]:
-                name += f" without {data['held_out']}"
-            key = name, f"{run.config['loss']['diversity']:g}"
-            rows.setdefault(key, []).append(run.measures[_LAST])
-            names |= dict.fromkeys(run.config["measures"])
+    measured = [run for run in runs if _LAST in run.measures]
+    for run in measured:
+        data = run.config["data"]
+        without = f" without {data['held_out']}" if data["held_out"] else ""
+        key = _SETS.get(data["name"], data["name"]) + without
+        weight = f"{run.config['loss']['diversity']:g}"
+        rows.setdefault((key, weight), []).append(run.measures[_LAST])
     if not rows:
         return []
-    titles = _titles(names)
+    titles = _titles(dict.fromkeys(name for run in measured for name in run.config["measures"]))
     head = (f"{name}, %" if factor == 100 else name for _, name, factor in titles)
     lines = []
     for key, found in rows.items():

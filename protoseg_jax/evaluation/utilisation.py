@@ -34,9 +34,9 @@ def wins(
 
 
 def figures(won: Int[np.ndarray, " m"], prototype_classes: Int[np.ndarray, " m"]) -> dict[str, Any]:
-    """ "utilisation": entropy of each class's wins over the log of its number of prototypes, mean
-    over the classes with two or more prototypes and a point; "unused": prototypes without a win;
-    "wins": by prototype."""
+    """Entropy of each class's wins over the log of its number of prototypes, mean over the classes
+    with two or more prototypes and a point ("utilisation"); prototypes without a win ("unused");
+    and the wins."""
     entropies = []
     for c in np.unique(prototype_classes):
         own = won[prototype_classes == c]

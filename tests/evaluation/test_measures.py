@@ -310,7 +310,7 @@ def test_nothing_is_measured_where_no_point_has_a_class():
 
 
 def test_without_parts_there_is_no_consistency():
-    result = measured(1, part_names=None)
+    result = measured(1, part_names=None, names=("utilisation", "parts", "novelty"))
     assert result["consistency"] is None and result["stability"] is None
     assert "novelty_auroc" not in result
     lines = report.measure_lines(result, default().measures)

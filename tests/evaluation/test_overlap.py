@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +54,12 @@ NUM_CLASSES = 5
 @jax.jit
 def overlap_sums(similarities, labels, sizes):
     """Over a batch, as a pass adds it up."""
+    inference = SimpleNamespace(classes=CLASSES, num_classes=NUM_CLASSES)
 
     def image(rows):
-        return overlap.image_sums(*rows, CLASSES, NUM_CLASSES)
+        batch = {"label": rows[1], "size": rows[2]}
+        output = SimpleNamespace(similarities=rows[0])
+        return overlap.sums(SimpleNamespace(inference=inference, batch=batch, output=output))
 
     return jax.tree.map(jnp.sum, jax.lax.map(image, (similarities, labels, sizes)))
 
