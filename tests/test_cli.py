@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from protoseg_jax import config
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,3 +29,43 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(program, arguments, word
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert words in result.stderr
+
+
+def test_an_unknown_verb_is_one_line_and_exit_code_2():
+    command = [sys.executable, "-m", "protoseg_jax", "trian"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        "error: 'trian' is no verb of protoseg; choose one of train, eval, explain, remove, "
+        "tables, port, sheet"
+    )
+
+
+@pytest.mark.parametrize("verb", ["", "train", "eval", "explain", "remove", "tables", "port"])
+def test_help_fits_a_screen_and_brings_neither_jax_nor_tfds(verb):
+    """What makes it quick: the time itself depends on the machine."""
+    script = (
+        "import sys\n"
+        "from protoseg_jax import cli\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "heavy = {'jax', 'flax', 'tensorflow_datasets', 'matplotlib', 'cv2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    command = [sys.executable, "-c", script, *[verb][: len(verb)], "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) < 40 and max(map(len, lines)) <= 110
+    assert verb in result.stdout
+
+
+def test_a_config_is_found_by_its_name(tmp_path):
+    """From anywhere; and what is no config names the ready ones."""
+    command = [sys.executable, "-m", "protoseg_jax", "train", "--config=dmo"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "demo" in result.stderr
+    assert config.find("isbi_em:cpu") == f"{ROOT / 'configs' / 'isbi_em.py'}:cpu"
+    assert config.load("isbi_em:cpu").batch_size == 4
