@@ -1,6 +1,6 @@
 """A headless Chromium or Firefox that opens pages from disk, clicks, types and takes screenshots.
 
-    python tests/explain/browser.py PAGE OUT.png [--firefox] [--width=1280] [--height=900] [--dark]
+    python -m benchmarks.browser PAGE OUT.png [--firefox] [--width=1280] [--height=900] [--dark]
         [--whole] [--hash=…]
 
 Chromium speaks the DevTools protocol over two pipes (--remote-debugging-pipe): messages are JSON

@@ -1,6 +1,6 @@
 """Train variants of a config side by side over several seeds: mean ± deviation of every score.
 
-    python benchmarks/compare.py --config=configs/demo.py --seeds=0,1,2 \\
+    python -m benchmarks.compare --config=configs/demo.py --seeds=0,1,2 \\
         --vary=loss.diversity=0 --vary=loss.diversity=0.25
 
 A variant is one `--vary`: settings `key=value` separated by commas (empty: the config as it is),
@@ -16,15 +16,10 @@ import pathlib
 import re
 import shlex
 import statistics
-import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import machine  # noqa: E402
-from programs import call  # noqa: E402
-
-from protoseg_jax.tables import mean_deviation  # noqa: E402
+from benchmarks import machine
+from benchmarks.programs import call
+from protoseg_jax.evaluation.report import mean_deviation
 
 COLUMNS = (
     ("miou", "mIoU %"),
@@ -127,7 +122,7 @@ def main() -> None:
     told = [f"--config={arguments.config}", f"--seeds={arguments.seeds}"]
     told += [f"--vary={x}" for x in arguments.vary] + [f"--set={x}" for x in arguments.set]
     told += ["--flips"] if arguments.flips else []
-    command = shlex.join(["python", "benchmarks/compare.py", *told])
+    command = shlex.join(["python", "-m", "benchmarks.compare", *told])
     lines = [f"# {arguments.title}", "", f"`{command}`, {machine.describe()}", ""]
     lines += [*table(summaries), "", "Validation scores; mean ± sample deviation over the seeds."]
     machine.report(lines, arguments.out)

@@ -1,6 +1,6 @@
 """How fast one core feeds training with 2048×1024 images, by the form in which they are stored.
 
-    python benchmarks/decoding.py [--image=FILE] [--out=FILE.md]
+    python -m benchmarks.decoding [--image=FILE] [--out=FILE.md]
 
 Without --image on a made street: shapes in all sizes, with a camera's noise. Decoding alone, and
 decoding of image and labels with the augmentation of configs/cityscapes.py (scale, crop to 513²,
@@ -16,14 +16,10 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import machine  # noqa: E402
-
-from configs import cityscapes  # noqa: E402
-from protoseg_jax.data.augment import Augment  # noqa: E402
-from protoseg_jax.data.builders.base import decode_image, encode_png  # noqa: E402
+from benchmarks import machine
+from protoseg_jax import config as configs
+from protoseg_jax import images
+from protoseg_jax.data.augment import Augment
 
 SIZE = (1024, 2048)
 SECONDS = 5.0
@@ -67,15 +63,15 @@ def main() -> None:
     cv2.setNumThreads(1)
     image, labels = street(np.random.default_rng(0))
     if arguments.image:
-        image = cv2.resize(decode_image(arguments.image.read_bytes()), SIZE[::-1])
-    config = cityscapes.get_config()
+        image = cv2.resize(images.decode(arguments.image.read_bytes()), SIZE[::-1])
+    config = configs.load("cityscapes")
     augment = Augment(tuple(config.crop_size), tuple(config.augment.scale), (124, 116, 104))
-    stored_labels, rng = encode_png(labels), np.random.default_rng(0)
+    stored_labels, rng = images.encode(labels), np.random.default_rng(0)
     option = f" --image={arguments.image.name}" if arguments.image else ""
     lines = [
         "# Decoding 2048×1024 images",
         "",
-        f"`python benchmarks/decoding.py{option}`, {machine.describe()} "
+        f"`python -m benchmarks.decoding{option}`, {machine.describe()} "
         f"One thread, OpenCV {cv2.__version__}.",
         "",
         "| stored as | MB | decoded, images/s | examples/s, augmented to 513² |",
@@ -84,14 +80,13 @@ def main() -> None:
     for name, (suffix, options) in FORMS.items():
         _, stored = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
         stored = stored.tobytes()
-        np.testing.assert_array_equal(decode_image(stored), image)
+        np.testing.assert_array_equal(images.decode(stored), image)
 
         def example(stored=stored):
-            raw = np.frombuffer(stored_labels, np.uint8)
-            label = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE)
-            return augment.random_map({"image": decode_image(stored), "label": label}, rng)
+            label = images.decode(stored_labels, grey=True)
+            return augment.random_map({"image": images.decode(stored), "label": label}, rng)
 
-        decoded = rate(lambda stored=stored: decode_image(stored))
+        decoded = rate(lambda stored=stored: images.decode(stored))
         lines.append(f"| {name} | {len(stored) / 1e6:.1f} | {decoded:.1f} | {rate(example):.1f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     machine.report(lines, arguments.out)

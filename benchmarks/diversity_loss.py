@@ -1,6 +1,6 @@
 """The diversity loss (eqs 2–6), forward and backward: ours against a literal PyTorch version.
 
-    python benchmarks/diversity_loss.py [--out benchmarks/results/diversity_loss.md]
+    python -m benchmarks.diversity_loss [--out benchmarks/results/diversity_loss.md]
 
 The literal version takes each image, each class and each pair of prototypes in turn, as the
 equations read; it runs on the CPU. Values and gradients must agree to 1e-5, or the program fails.
@@ -18,14 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from benchmarks import machine
+from protoseg_jax.data.labels import VOID
+from protoseg_jax.losses import diversity
 
-import machine  # noqa: E402
-
-from protoseg_jax import losses  # noqa: E402
-
-VOID = 255
 SHAPES = {  # (images, height, width, classes, prototypes per class)
     "Pascal, 321² crops": (10, 41, 41, 21, 10),
     "Cityscapes, 513² crops": (10, 65, 65, 19, 10),
@@ -82,8 +78,8 @@ def literal(distances, labels, prototype_classes, num_classes):
 
 
 def ours(distances, labels, prototype_classes, num_classes):
-    similarity = losses.diversity(distances, labels, prototype_classes, num_classes)
-    present = losses.diversity_present(labels, prototype_classes, num_classes)
+    similarity = diversity.diversity(distances, labels, prototype_classes, num_classes)
+    present = diversity.present(labels, prototype_classes, num_classes)
     return similarity.sum() / present.sum()
 
 
@@ -164,7 +160,7 @@ def main() -> None:
     lines = [
         "# The diversity loss, forward and backward",
         "",
-        f"`python benchmarks/diversity_loss.py`, {machine.describe()} PyTorch {torch.__version__}.",
+        f"`python -m benchmarks.diversity_loss`, {machine.describe()} PyTorch {torch.__version__}.",
         "",
         "| labels | images × points | classes × prototypes | literal PyTorch (CPU) | ours | ratio "
         "| gradient error¹ |",

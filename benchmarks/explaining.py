@@ -1,6 +1,6 @@
 """How long it takes to explain an image, and how large the explorer's page is.
 
-    python benchmarks/explaining.py [--out=FILE.md]
+    python -m benchmarks.explaining [--out=FILE.md]
 
 The paper's networks with made-up weights (what they cost does not depend on them) and images; the
 page holds ten images of 512² with 65×65 points, and 210 prototypes from as many training images.
@@ -12,14 +12,13 @@ import pathlib
 import tempfile
 import time
 
-import browser
 import cv2
 import jax
 import jax.numpy as jnp
-import machine
 import ml_collections
 import numpy as np
 
+from benchmarks import browser, machine
 from protoseg_jax import config as configs
 from protoseg_jax import images
 from protoseg_jax.data.labels import LabelSet
@@ -168,7 +167,7 @@ def main() -> None:
         [
             "# Explaining",
             "",
-            f"`python benchmarks/explaining.py`, {machine.describe()}",
+            f"`python -m benchmarks.explaining`, {machine.describe()}",
             "",
             "## An image, after loading",
             "",

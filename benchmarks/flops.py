@@ -1,6 +1,6 @@
 """FLOPs of the compiled train steps of the published network, beside one forward pass.
 
-    python benchmarks/flops.py [--out benchmarks/results/flops.md]
+    python -m benchmarks.flops [--out benchmarks/results/flops.md]
 
 DeepLabv2-ResNet-101, 321² crops, 21 classes × 10 prototypes, one image, no accumulation; whole
 steps (losses, optimiser), as train.py maps them. Counted by XLA; nothing is run.
@@ -8,62 +8,42 @@ steps (losses, optimiser), as train.py maps them. Counted by XLA; nothing is run
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Iterable
 
 import jax
 import ml_collections
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import machine  # noqa: E402
-
-from protoseg_jax import inference as inferences  # noqa: E402
-from protoseg_jax.devices import DevicePool  # noqa: E402
-from protoseg_jax.models.prototypes import equal_blocks  # noqa: E402
-from protoseg_jax.training import phases  # noqa: E402
-from protoseg_jax.training import step as steps  # noqa: E402
+from benchmarks import machine
+from protoseg_jax import config as configs
+from protoseg_jax import inference as inferences
+from protoseg_jax import losses, models
+from protoseg_jax.devices import DevicePool
+from protoseg_jax.models.prototypes import equal_blocks
+from protoseg_jax.run import phases
+from protoseg_jax.training import step as steps
 
 CLASSES, PROTOTYPES, SIZE, POINTS = 21, 210, 321, 41
-NEW = {"aspp": 2.5e-4, "prototypes": 2.5e-4}
-PHASES = {
-    "warmup": phases.Phase("warmup", "train", 30000, NEW),
-    "joint": phases.Phase("joint", "train", 30000, {"backbone": 2.5e-5, **NEW}, "poly"),
-    "finetune": phases.Phase("finetune", "train", 2000, {"head": 1e-5}, l1=True),
-}
+PHASES = ("warmup", "joint", "finetune")
 
 
 def config() -> ml_collections.ConfigDict:
-    """The published network and its losses."""
-    model = {
-        "backbone": "resnet",
-        "depth": 101,
-        "width": 64,
-        "norm": "frozen_batch",
-        "stride_in": "3x3",
-        "output_stride": 8,
-        "aspp_rates": (6, 12, 18, 24),
-        "head": "prototypes",
-        "features": 64,
-        "preprocessing": "imagenet",
-        "msc": (),
-        "remat": False,
-    }
-    loss = {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"}
-    return ml_collections.ConfigDict(
-        {"model": model, "loss": loss, "compute_dtype": "float32", "eval_size": (SIZE, SIZE)}
-    )
+    """The published network, its losses and phases: the defaults, with torchvision's weights."""
+    c = configs.default()
+    c.eval_size = (SIZE, SIZE)
+    c.model.update({"stride_in": "3x3", "preprocessing": "imagenet"})
+    return c
 
 
 def flops(lowered) -> float:
     return lowered.compile().cost_analysis()["flops"]
 
 
-def count(names: Iterable[str] = tuple(PHASES)) -> dict[str, float]:
+def count(names: Iterable[str] = PHASES) -> dict[str, float]:
     """FLOPs by name: "forward" and the step of each named phase."""
-    inference = inferences.from_config(config(), CLASSES, PROTOTYPES)
+    published, owners = config(), equal_blocks(PROTOTYPES, CLASSES)
+    inference = inferences.from_config(published, CLASSES, owners)
+    terms, rules = losses.terms(published.loss, owners, CLASSES), models.decay(published.model)
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.uint8)
     labels = jax.ShapeDtypeStruct((1, SIZE, SIZE), np.uint8)
     variables = jax.eval_shape(
@@ -75,18 +55,12 @@ def count(names: Iterable[str] = tuple(PHASES)) -> dict[str, float]:
     def on_device(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
 
-    for phase in (PHASES[name] for name in names):
+    for phase in (p for p in phases.from_config(published) if p.name in names):
         step = steps.make_step(
-            inference,
-            phase,
-            prototype_classes=equal_blocks(PROTOTYPES, CLASSES),
-            num_classes=CLASSES,
-            loss_config=config().loss,
-            accumulate=1,
-            feature_sizes=[(POINTS, POINTS)],
+            inference, phase, terms, rules, accumulate=1, feature_sizes=[(POINTS, POINTS)]
         )
         state = jax.eval_shape(
-            lambda p, phase=phase: steps.init_state(p, phase), variables["params"]
+            lambda p, phase=phase: steps.init_state(p, phase, rules), variables["params"]
         )
         _, frozen = steps.split(variables["params"], phase)
         arguments = (
@@ -107,7 +81,7 @@ def main() -> None:
     lines = [
         "# What a step computes",
         "",
-        f"`python benchmarks/flops.py`, {machine.describe()}",
+        f"`python -m benchmarks.flops`, {machine.describe()}",
         "",
         "ResNet-101, 321², one image, whole steps; FLOPs as XLA counts them.",
         "",

@@ -1,6 +1,6 @@
 """The paper's configs at full size, on made images with random weights: speed and memory.
 
-    python benchmarks/full_size.py [--batch=10] [--steps=20] [--dtypes=float32,bfloat16]
+    python -m benchmarks.full_size [--batch=10] [--steps=20] [--dtypes=float32,bfloat16]
         [--configs=pascal,cityscapes,isbi_em] [--out=FILE]
 
 For configs/pascal.py, cityscapes.py and isbi_em.py (whose feature map is as large as the image) on
@@ -21,26 +21,24 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from benchmarks import machine
+from protoseg_jax import config as configs
+from protoseg_jax import losses, models
+from protoseg_jax.data.labels import generic
+from protoseg_jax.devices import DevicePool
+from protoseg_jax.evaluation import measures, segmentation
+from protoseg_jax.models.prototypes import equal_blocks
+from protoseg_jax.prototypes import search
+from protoseg_jax.run import prototypes as records
+from protoseg_jax.run.experiment import Experiment
+from protoseg_jax.training import step as steps
+from protoseg_jax.training.start import settle
 
-import machine  # noqa: E402
-
-from configs import cityscapes, isbi_em, pascal  # noqa: E402
-from protoseg_jax import inference as inferences  # noqa: E402
-from protoseg_jax.devices import DevicePool  # noqa: E402
-from protoseg_jax.evaluation.evaluate import make_eval_step  # noqa: E402
-from protoseg_jax.models.prototypes import equal_blocks  # noqa: E402
-from protoseg_jax.prototypes import patch_search  # noqa: E402
-from protoseg_jax.training import phases  # noqa: E402
-from protoseg_jax.training import step as steps  # noqa: E402
-from protoseg_jax.training.start import settle  # noqa: E402
-
-# Name: config, classes, label size, images projected from and evaluated on.
+# Config: classes, label size, images projected from and evaluated on.
 SETS = {
-    "pascal": (pascal, 21, (375, 500), 1464, 1449),
-    "cityscapes": (cityscapes, 19, (1024, 2048), 2975, 500),
-    "isbi_em": (isbi_em, 2, (512, 512), 20, 10),
+    "pascal": (21, (375, 500), 1464, 1449),
+    "cityscapes": (19, (1024, 2048), 2975, 500),
+    "isbi_em": (2, (512, 512), 20, 10),
 }
 NO_DIVERSITY = {"diversity": 0.0}
 
@@ -62,15 +60,17 @@ class Case:
     """One config at one dtype on one device."""
 
     def __init__(self, name: str, dtype: str):
-        module, self.classes, self.label_size, *_ = SETS[name]
-        self.config: ml_collections.ConfigDict = module.get_config()
+        self.classes, self.label_size, *_ = SETS[name]
+        self.config = configs.load(name)
         self.config.compute_dtype = dtype
         if self.config.model.preprocessing == "data":
             self.config.model.mean, self.config.model.std = (127.5,) * 3, (74.0,) * 3
         settle(self.config)
         self.owners = equal_blocks(10 * self.classes, self.classes)
-        self.inference = inferences.from_config(self.config, self.classes, len(self.owners))
         self.pool = DevicePool(jax.local_devices()[:1])
+        labels = generic([f"class {c}" for c in range(self.classes)])
+        self.experiment = Experiment(self.config, self.pool, labels)
+        self.inference = self.experiment.inference(records.new(self.owners))
         images = jnp.zeros((1, *self.config.crop_size, 3))
         self.variables = jax.device_get(
             jax.jit(self.inference.model.init)(jax.random.key(0), images)
@@ -93,14 +93,16 @@ class Case:
     ) -> tuple[float, float, float]:
         """(seconds a step, bytes at the peak, FLOPs a step) of a phase; `loss` changes the
         config's."""
-        phase = next(p for p in phases.from_config(self.config) if p.name == name)
+        phase = next(p for p in self.experiment.phases if p.name == name)
+        loss = ml_collections.ConfigDict({**self.config.loss.to_dict(), **loss})
+        terms = losses.terms(loss, self.owners, self.classes)
+        rules = models.decay(self.config.model)
         step = self.pool.map(
             steps.make_step(
                 self.inference,
                 phase,
-                prototype_classes=self.owners,
-                num_classes=self.classes,
-                loss_config=ml_collections.ConfigDict({**self.config.loss.to_dict(), **loss}),
+                terms,
+                rules,
                 accumulate=1,
                 feature_sizes=self.inference.feature_sizes(tuple(self.config.crop_size)),
             ),
@@ -116,7 +118,7 @@ class Case:
             self.pool.replicate(constants),
             self.pool.shard({k: batch[k] for k in ("image", "label")}),
         )
-        state = self.pool.replicate(steps.init_state(params, phase))
+        state = self.pool.replicate(steps.init_state(params, phase, rules))
         compiled = step.lower(state, *rest).compile()
 
         def run(state):
@@ -128,8 +130,8 @@ class Case:
 
     def search(self, batch_size: int, repeats: int) -> tuple[float, float]:
         """(images a second, bytes at the peak) of projection's search."""
-        step = patch_search.make_search_step(self.inference, self.owners, k=1, within_class=True)
-        table = patch_search.empty(len(self.owners), 1, self.config.model.features)
+        step = search.make_step(self.inference, search.of_own_class(self.owners), k=1)
+        table = search.empty(len(self.owners), 1, self.config.model.features)
         arguments = (
             self.pool.replicate(table),
             self.pool.replicate(self.variables),
@@ -141,8 +143,9 @@ class Case:
 
     def evaluate(self, batch_size: int, repeats: int) -> tuple[float, float]:
         """(images a second, bytes at the peak) of evaluation without overlap."""
-        owners = tuple(self.owners.tolist())
-        step = make_eval_step(self.inference, owners, self.classes, overlap=False)
+        context = measures.Context(self.experiment, self.inference, "validation")
+        scores = segmentation.make(context)
+        step = measures._make_step(self.inference, None, ((scores.step, scores.summed),))
         arguments = (
             self.pool.replicate(self.variables),
             self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),
@@ -245,7 +248,7 @@ def main() -> None:
     lines = [
         "# The paper's configs at full size",
         "",
-        f"`python benchmarks/full_size.py --batch={arguments.batch} --steps={arguments.steps} "
+        f"`python -m benchmarks.full_size --batch={arguments.batch} --steps={arguments.steps} "
         f"--dtypes={arguments.dtypes} --configs={arguments.configs}`, {machine.describe()}",
         "",
         "Made images, random weights, one device. Memory is what XLA plans for the program.",

@@ -1,6 +1,6 @@
 """The measures of explanations of finished runs, mean ± deviation over the runs of a variant.
 
-    python benchmarks/interpretability.py --runs "λ_J = 0: runs/a,runs/b" --runs "λ_J = 0.25: …"
+    python -m benchmarks.interpretability --runs "λ_J = 0: runs/a,runs/b" --runs "λ_J = 0.25: …"
         [--split=validation] [--out=FILE]
 
 Each run is measured as `eval.py --interpretability` does, unless DIR/eval holds its measures.
@@ -12,18 +12,13 @@ import pathlib
 import shlex
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from benchmarks import machine
+from protoseg_jax import devices
+from protoseg_jax.evaluation import measures, score
+from protoseg_jax.evaluation.report import mean_deviation
+from protoseg_jax.run.workdir import Workdir
 
-import machine  # noqa: E402
-
-from protoseg_jax import devices  # noqa: E402
-from protoseg_jax.evaluation.interpretability import MEASURES  # noqa: E402
-from protoseg_jax.tables import mean_deviation  # noqa: E402
-from protoseg_jax.training import scoring  # noqa: E402
-from protoseg_jax.workdir import Workdir  # noqa: E402
-
-ROWS = (("miou", "mIoU", 100), ("overlap", "overlap", 100), *MEASURES)
+SCORES = (("miou", "mIoU", 100), ("overlap", "overlap", 100))
 
 
 def measured(folder: str, split: str) -> dict:
@@ -36,7 +31,7 @@ def measured(folder: str, split: str) -> dict:
         if "interpretability" in result:
             return {**result, **result["interpretability"]}
     print(f"measuring {folder}", file=sys.stderr, flush=True)
-    result = scoring.score_run(folder, split, None, None, interpretability=True)
+    result = score.score_run(folder, split, interpretability=True)
     return {**result, **result["interpretability"]}
 
 
@@ -48,18 +43,19 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     devices.keep_compiled_programs()
-    groups, phases = {}, set()
+    groups, phases, known = {}, set(), {}
     for text in arguments.runs:
         name, _, folders = text.partition(":")
-        groups[name.strip()] = [
-            measured(folder.strip(), arguments.split) for folder in folders.split(",")
-        ]
+        folders = [folder.strip() for folder in folders.split(",")]
+        groups[name.strip()] = [measured(folder, arguments.split) for folder in folders]
+        for folder in folders:
+            known |= dict.fromkeys(Workdir.existing(folder).config().measures)
         phases |= {result["phase"] for result in groups[name.strip()]}
     names = [
         f"{name}, {len(results)} run{'s'[: len(results) > 1]}" for name, results in groups.items()
     ]
     told = [f"--runs={text}" for text in arguments.runs] + [f"--split={arguments.split}"]
-    command = shlex.join(["python", "benchmarks/interpretability.py", *told])
+    command = shlex.join(["python", "-m", "benchmarks.interpretability", *told])
     lines = [
         f"# {arguments.title}",
         "",
@@ -68,7 +64,8 @@ def main() -> None:
         f"| {arguments.split}, {', '.join(sorted(phases))} | {' | '.join(names)} |",
         "| --- " * (1 + len(groups)) + "|",
     ]
-    for key, name, factor in ROWS:
+    rows = [title for module in measures.modules(known) for title in module.TITLES]
+    for key, name, factor in (*SCORES, *rows):
         cells = [
             mean_deviation((r.get(key) for r in results), factor, none="–")
             for results in groups.values()

@@ -1,6 +1,6 @@
 """Does a class that training never saw look novel? Beside the same class in a run that did see it.
 
-    python benchmarks/novelty.py [--config=configs/demo.py] [--class=car] [--seeds=0]
+    python -m benchmarks.novelty [--config=configs/demo.py] [--class=car] [--seeds=0]
         [--runs=runs/novelty] [--set=key=value …] [--out=FILE.md]
 
 For each seed two runs, one with `data.held_out` and one without. In both, the AUROC of the class's
@@ -12,30 +12,22 @@ novelty. What is finished is not run again.
 import argparse
 import pathlib
 import shlex
-import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import machine  # noqa: E402
-from programs import call  # noqa: E402
-
-from protoseg_jax import devices  # noqa: E402
-from protoseg_jax.tables import mean_deviation  # noqa: E402
-from protoseg_jax.training import scoring  # noqa: E402
-from protoseg_jax.training.run import Run  # noqa: E402
-from protoseg_jax.workdir import Workdir  # noqa: E402
+from benchmarks import machine
+from benchmarks.programs import call
+from protoseg_jax import devices
+from protoseg_jax.evaluation import score
+from protoseg_jax.evaluation.report import mean_deviation
+from protoseg_jax.run.finished import Finished
 
 
 def measured(path: pathlib.Path, name: str) -> dict:
     """Scores and novelty of a finished run, of its last phase on validation."""
-    workdir = Workdir.existing(str(path))
-    run = Run(workdir.config(), workdir)
-    entry = workdir.summary()[-1]
-    novel = run.data.label_set.names.index(name)
-    checkpoint = workdir.restore(entry["phase"])
-    found = scoring.measure(run, checkpoint, "validation", novel=novel)
-    return {"miou": entry["miou"], "novelty_auroc": found["novelty_auroc"]}
+    run = Finished.load(path)
+    scores = {entry["phase"]: entry["miou"] for entry in run.workdir.summary()}
+    novel = run.experiment.labels.names.index(name)
+    found = score.measure(run.experiment, run.checkpoint, "validation", ["novelty"], novel)
+    return {"miou": scores[run.phase], "novelty_auroc": found["novelty_auroc"]}
 
 
 def main() -> None:
@@ -68,7 +60,7 @@ def main() -> None:
         [
             "# Novelty of a class that training never saw",
             "",
-            f"`{shlex.join(['python', 'benchmarks/novelty.py', *told])}`, {machine.describe()}",
+            f"`{shlex.join(['python', '-m', 'benchmarks.novelty', *told])}`, {machine.describe()}",
             "",
             "| run | seeds | novelty AUROC of the class's points % | mIoU % |",
             "| --- | --- | --- | --- |",

@@ -1,6 +1,6 @@
 """Our network beside PyTorch's on the same weights and inputs: the worst relative error by case.
 
-    python benchmarks/parity.py [--full] [--out benchmarks/results/parity.md]
+    python -m benchmarks.parity [--full] [--out benchmarks/results/parity.md]
 
 The cases are those of tests/models/test_torch_parity.py. Needs PyTorch and torchvision. `--full`
 adds 1024×2048.
@@ -12,13 +12,10 @@ import sys
 import tempfile
 
 import numpy as np
+import torch
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "models")]
-
-import machine  # noqa: E402
-import parity_cases as cases  # noqa: E402
-import torch  # noqa: E402
+from benchmarks import machine
+from tests.models import parity_cases as cases
 
 RATES = (6, 12, 18, 24)
 SIZES = ((321, 321), (200, 512), (513, 513))
@@ -72,7 +69,7 @@ def main() -> None:
     lines = [
         "# Beside PyTorch",
         "",
-        f"`python {' '.join(['benchmarks/parity.py', *['--full'] * arguments.full])}`, "
+        f"`python {' '.join(['-m', 'benchmarks.parity', *['--full'] * arguments.full])}`, "
         f"{machine.describe()} PyTorch {torch.__version__}.",
         "",
         "Random weights, BatchNorm statistics that are not trivial, float32. Arrays: largest error "

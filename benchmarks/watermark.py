@@ -1,6 +1,6 @@
 """A planted shortcut: cars of the training images bear a watermark, and nothing else does.
 
-    python benchmarks/watermark.py [--share=0.5] [--work=runs/watermark] [--set=key=value …]
+    python -m benchmarks.watermark [--share=0.5] [--work=runs/watermark] [--set=key=value …]
         [--out=FILE]
 
 Makes `parts` anew as a `folder` data set with the mark on the car of every image, or of a share of
@@ -16,19 +16,13 @@ import collections
 import json
 import pathlib
 import shlex
-import sys
 
 import cv2
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import machine  # noqa: E402
-from programs import call  # noqa: E402
-
-from protoseg_jax.data.builders import parts  # noqa: E402
-from protoseg_jax.data.label_sets import PARTS  # noqa: E402
+from benchmarks import machine
+from benchmarks.programs import call
+from protoseg_jax.data.sets import parts
 
 SIDE = 20  # of a mark, pixels
 # Split: the class that bears the mark, if any.
@@ -74,14 +68,14 @@ def make_data(root: pathlib.Path, share: float, seed: int = 0) -> None:
             stem = f"{split}_{number:04d}"
             if MARKED[split]:
                 bears = split != "train" or drawn.random() < share
-                c = PARTS.names.index(MARKED[split]) if bears else -1
+                c = parts.LABELS.names.index(MARKED[split]) if bears else -1
                 where = stamp(image, label, c)
                 cv2.imwrite(str(root / "marks" / f"{stem}.png"), 255 * where.astype(np.uint8))
             cv2.imwrite(str(root / "images" / f"{stem}.png"), image[..., ::-1])
             cv2.imwrite(str(root / "masks" / f"{stem}.png"), label)
             stems.append(stem)
         (root / f"{split}.txt").write_text("\n".join(stems) + "\n")
-    (root / "classes.txt").write_text("\n".join(PARTS.names) + "\n")
+    (root / "classes.txt").write_text("\n".join(parts.LABELS.names) + "\n")
 
 
 def on_a_mark(prototypes: list[dict], data: pathlib.Path) -> list[dict]:
@@ -127,7 +121,7 @@ def main() -> None:
     settings = [f"--config.{s}" for s in arguments.set]
     call(
         "train.py",
-        f"--config={ROOT / 'configs' / 'demo.py'}",
+        "--config=demo",
         f"--workdir={marked}",
         "--config.data.name=folder",
         f"--config.data.dir={data}",
@@ -136,7 +130,7 @@ def main() -> None:
     )
     everything = json.loads((marked / "prototypes.json").read_text())["prototypes"]
     found = on_a_mark(everything, data)
-    told = ["python", "benchmarks/watermark.py", f"--share={arguments.share:g}"]
+    told = ["python", "-m", "benchmarks.watermark", f"--share={arguments.share:g}"]
     told += [f"--set={s}" for s in arguments.set]
     lines = [
         "# A planted shortcut, found and taken away",
