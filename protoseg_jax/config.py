@@ -96,7 +96,7 @@ def default() -> ConfigDict:
 
     # What eval.py --interpretability measures: files of evaluation, or dotted paths.
     c.measures = ("utilisation", "sparsity", "faithfulness", "parts", "novelty")
-    c.log_every = 50
+    c.log_every = 50  # steps
     c.eval_every = 5_000  # validation inside a phase; 0: never
     c.checkpoint_every = 1_000  # 0: at the end of a phase alone
     return c

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from protoseg_jax.errors import UserError, one_line
 
 
-def find(kind: str, name: str, package: str, needs: Sequence[str]) -> types.ModuleType:
+def find(kind: str, name: str | None, package: str, needs: Sequence[str]) -> types.ModuleType:
     """The module that a config names.
 
     Args:
@@ -22,8 +22,9 @@ def find(kind: str, name: str, package: str, needs: Sequence[str]) -> types.Modu
       needs: names that the module must define.
 
     Raises:
-      UserError: there is no such module, it does not import, or it lacks one of `needs`.
+      UserError: none is named, there is no such module, it does not import, or it lacks one of `needs`.
     """
+    name = name or ""
     full = name if "." in name else f"protoseg_jax.{package}.{name}"
     try:
         module = importlib.import_module(full)
