@@ -3,6 +3,7 @@
 import json
 import shutil
 import xml.etree.ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,25 @@ def test_wrong_regions_and_their_causes():
     assert (second["truth"], second["label"], second["pixels"]) == (0, 2, 2)
     similarities, kernel = np.array([[1.0, 4.0], [3.0, 0.0]]), np.array([[1.0, -1.0], [-0.5, 2.0]])
     assert mistakes.causes(similarities, kernel, 1, 0) == [(1, 5.0), (0, -4.0)]
+
+
+def test_kinds_of_mistake_come_by_their_pixels():
+    """Two images and one without labels; in each kind the largest regions first, wherever."""
+    truth = np.zeros((2, 6, 8), np.uint8)
+    truth[:, 0] = 255
+    labels = np.zeros_like(truth)
+    labels[0, 1, :3], labels[1, 3:5, 2:6] = 2, 2  # 3 and 8 pixels of class 0 taken for 2
+    truth[1, 5, 7] = 1  # 1 pixel of class 1 taken for 0
+    images = [
+        SimpleNamespace(labels=a, truth=b, regions=mistakes.wrong_regions(a, b, 3))
+        for a, b in zip(labels, truth, strict=True)
+    ]
+    images.insert(1, SimpleNamespace(labels=labels[0], truth=None, regions=[]))
+    first, second = mistakes.confusions(images, 3)
+    assert (first["truth"], first["label"], first["pixels"], first["of"]) == (0, 2, 11, 79)
+    assert [(r["image"], r["pixels"]) for r in first["regions"]] == [(2, 8), (0, 3)]
+    assert (second["truth"], second["label"], second["pixels"], second["of"]) == (1, 0, 1, 1)
+    assert [(r["image"], r["row"], r["col"]) for r in second["regions"]] == [(2, 5, 7)]
 
 
 def test_a_page_is_replaced_but_nothing_else(small_run, tmp_path):

@@ -48,7 +48,8 @@ def test_segments_as_evaluation_does(small_run, model, image):
     inference, variables = small_run.inference, small_run.checkpoint.variables
     output = jax.jit(inference)(variables, inference.prepare(image)[None])
     size = image.shape[:2]
-    full = np.asarray(segmentation.upsample(output.logits, np.array([size]), size))[0]
+    upsample = jax.jit(segmentation.upsample, static_argnums=2)
+    full = np.asarray(upsample(output.logits, np.array([size]), size))[0]
     found = model.segment(image)
     np.testing.assert_array_equal(found.labels, full.argmax(-1))
     np.testing.assert_allclose(found.probabilities, jax.nn.softmax(full), atol=1e-5)

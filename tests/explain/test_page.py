@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 
-import browser
-import explaining as benchmark  # benchmarks/explaining.py
 import numpy as np
 import pytest
 from PIL import Image
 
 import protoseg_jax
+from benchmarks import browser
+from benchmarks import explaining as benchmark
 from protoseg_jax.errors import UserError
 from protoseg_jax.explain import page as pages
 from protoseg_jax.explain.page import explain_run
