@@ -41,30 +41,11 @@ def _members(labels: Int[Array, "b h w"], num_classes: int) -> Bool[Array, "b n 
 
 
 def present(
-    labels: Int[Array, "b h w"], prototype_classes: np.ndarray, num_classes: int
+    labels: Int[Array, "b h w"], prototype_classes: Int[np.ndarray, " m"], num_classes: int
 ) -> Bool[Array, "b c"]:
     """The (image, class) pairs that enter eq. 6: at least 2 points and at least 2 prototypes."""
-    prototypes = (class_table(prototype_classes, num_classes) >= 0).sum(1)
+    prototypes = np.bincount(prototype_classes, minlength=num_classes)
     return (_members(labels, num_classes).sum(1) >= 2) & (prototypes >= 2)
-
-
-def _own_distances(
-    distances: Float[Array, "b n m"],
-    points: Int[Array, "b n"],
-    prototype_classes: np.ndarray,
-    table: np.ndarray,
-) -> Float[Array, "b n k"]:
-    """Distances of each point to the prototypes of its own class; 0 at void points.
-
-    Slots that a class does not fill repeat its first prototype.
-    """
-    slots = np.where(table >= 0, table, table[:, :1])
-    # A mask and a product with a 0/1 matrix, not a gather: the gradient of a gather is a scatter,
-    # which a CPU does one element at a time. HIGHEST leaves the numbers as they are.
-    to_slot = (np.arange(distances.shape[-1])[:, None, None] == slots).any(1)
-    own = points[..., None] == jnp.asarray(prototype_classes)
-    own_distances = jnp.where(own, distances.astype(jnp.float32), 0.0)
-    return jnp.dot(own_distances, to_slot.astype(np.float32), precision=_PRECISION)
 
 
 def log_distance_vectors(
@@ -119,38 +100,39 @@ def jeffreys_divergence(
     return jnp.maximum(0.5 * divergence, 0.0)  # ≥ 0 but for rounding
 
 
-def jeffreys_similarity(
-    divergence: Float[Array, "b c k k"], pairs: Bool[np.ndarray, "c k k"]
-) -> Float[Array, "b c"]:
-    """S_J of eq. 3: the mean of exp(−D_J) over the pairs i < j, in [0, 1]; 0 without pairs."""
-    similarity = jnp.where(pairs, jnp.exp(-divergence), 0.0).sum((-2, -1))
-    return similarity / np.maximum(pairs.sum((-2, -1)), 1)
-
-
 def diversity(
     distances: Float[Array, "b h w m"],
     labels: Int[Array, "b h w"],
-    prototype_classes: np.ndarray,
+    prototype_classes: Int[np.ndarray, " m"],
     num_classes: int,
 ) -> Float[Array, "b c"]:
-    """L_J(Z, P_c) of eq. 5 for each image and class; 0 where `present` is false.
+    """L_J(Z, P_c) of eq. 5 for each image and class, in [0, 1]; 0 where `present` is false.
 
-    Its sum over the number of pairs present is eq. 6; the paper divides by C and the released code
+    Eq. 3's S_J is the mean of exp(−D_J) over the pairs i < j of a class's prototypes. The sum of
+    L_J over the number of pairs present is eq. 6; the paper divides by C and the released code
     takes means per micro-batch: the caller chooses.
 
     Args:
       distances: squared distances ‖z − p‖².
       labels: Y_Z, the labels at the feature map's resolution.
-      prototype_classes: [M], the class of each prototype, in any order; known at trace time.
+      prototype_classes: c(j) of each prototype, in any order; known at trace time.
       num_classes: C.
     """
     table = class_table(prototype_classes, num_classes)
-    real = table >= 0
-    pairs = real[:, :, None] & real[:, None, :] & np.triu(np.ones(2 * real.shape[1:], bool), 1)
-    members = _members(labels, num_classes)
+    # Of each point the distances to the prototypes of its own class, 0 at void points; slots that
+    # a class does not fill repeat its first prototype. A mask and a product with a 0/1 matrix, not
+    # a gather: the gradient of a gather is a scatter, which a CPU does one element at a time.
+    # HIGHEST leaves the numbers as they are.
+    slots = np.where(table >= 0, table, table[:, :1])
+    to_slot = (np.arange(len(prototype_classes))[:, None, None] == slots).any(1)
     points = labels.reshape(labels.shape[0], -1)
-    distances = distances.reshape(*points.shape, -1)
-    own = _own_distances(distances, points, prototype_classes, table)
+    own = points[..., None] == jnp.asarray(prototype_classes)
+    own = jnp.where(own, distances.astype(jnp.float32).reshape(own.shape), 0.0)
+    own = jnp.dot(own, to_slot.astype(np.float32), precision=_PRECISION)
+
+    members, real = _members(labels, num_classes), table >= 0
     divergence = jeffreys_divergence(log_distance_vectors(own, members), members)
-    entering = present(labels, prototype_classes, num_classes)
-    return jnp.where(entering, jeffreys_similarity(divergence, pairs), 0.0)
+    pairs = real[:, :, None] & real[:, None, :] & np.triu(np.ones(2 * real.shape[1:], bool), 1)
+    similarity = jnp.where(pairs, jnp.exp(-divergence), 0.0).sum((-2, -1))
+    similarity /= np.maximum(pairs.sum((-2, -1)), 1)
+    return jnp.where(present(labels, prototype_classes, num_classes), similarity, 0.0)

@@ -52,7 +52,7 @@ def build(
     activation, similarity = config.activation, config.similarity
     require("activation", activation, ACTIVATIONS)
     require("similarity", similarity, SIMILARITIES)
-    return ProtoSeg(backbone, decoder, num_prototypes, num_classes, scales, activation, similarity)
+    return ProtoSeg(backbone, decoder, scales, num_prototypes, num_classes, activation, similarity)
 
 
 def network(config: ml_collections.ConfigDict) -> types.ModuleType:
@@ -70,8 +70,13 @@ def groups(config: ml_collections.ConfigDict) -> tuple[str, str]:
     Raises:
       UserError: as `network`.
     """
-    backbone, decoder = network(config).GROUPS
-    return backbone, decoder
+    names = tuple(network(config).GROUPS)
+    if len(names) != 2:
+        raise UserError(
+            f"model.backbone={config.backbone!r}: its GROUPS are {names}; name two there, the "
+            "backbone's and its decoder's, each with its rule of weight decay"
+        )
+    return names
 
 
 def decay(config: ml_collections.ConfigDict) -> dict[str, Callable[[Path], bool]]:

@@ -57,18 +57,15 @@ def sum_of_taps(
     with few output channels a multiple faster than dilated convolutions on a CPU. Taps that lie
     outside the map at every point cost nothing.
     """
-    height, width = x.shape[1:3]
-    taps = [tap for tap in taps if abs(tap[0]) < height and abs(tap[1]) < width]
+    taps = [tap for tap in taps if abs(tap[0]) < x.shape[1] and abs(tap[1]) < x.shape[2]]
     kernels = jnp.concatenate([kernel for _, _, kernel in taps], axis=1).astype(x.dtype)
     products = jnp.matmul(x, kernels, preferred_element_type=jnp.float32)
-    sizes = [kernel.shape[1] for _, _, kernel in taps]
     # `split`, not slices: its gradient is one concatenation, theirs a sum of padded arrays.
-    parts = jax.lax.split(products, sizes, axis=3)
+    parts = jax.lax.split(products, [kernel.shape[1] for _, _, kernel in taps], axis=3)
+
+    def shift(part: Float[Array, "b h w o"], dy: int, dx: int) -> Float[Array, "b h w o"]:
+        """y[i, j] = part[i + dy, j + dx], zero outside: negative padding crops."""
+        widths = [(0, 0, 0), (-dy, dy, 0), (-dx, dx, 0), (0, 0, 0)]
+        return jax.lax.pad(part, jnp.zeros((), part.dtype), widths)
+
     return sum(shift(part, dy, dx) for part, (dy, dx, _) in zip(parts, taps, strict=True))
-
-
-def shift(x: Float[Array, "b h w c"], dy: int, dx: int) -> Float[Array, "b h w c"]:
-    """y[i, j] = x[i + dy, j + dx], zero outside."""
-    # Negative padding crops.
-    widths = [(0, 0, 0), (-dy, dy, 0), (-dx, dx, 0), (0, 0, 0)]
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), widths)

@@ -5,7 +5,6 @@ element-wise maximum over the image and its smaller copies; training also learns
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import flax.struct
@@ -36,102 +35,73 @@ class Output:
     logits: Float[Array, "b h w c"]
 
 
-def pyramid(
-    network: Callable, images: Float[Array, "b H W 3"], scales: Sequence[float]
-) -> list[Float[Array, "b h w d"]]:
-    """Maps of the images, of each smaller copy at its own size, and the maximum of them all.
-
-    Images go down to ⌊size · scale⌋ with a source step of exactly 1 / scale; maps go up to the
-    whole image's map by size (METHOD, from the released code).
-
-    Args:
-      network: images → maps.
-      images: normalised.
-      scales: below 1; without any, the images' own maps are all.
-    """
-    whole = network(images)
-    if not scales:
-        return [whole]
-    copies = [
-        network(resize(images, tuple(int(n * s) for n in images.shape[1:3]), (s, s)))
-        for s in scales
-    ]
-    size = whole.shape[1:3]
-    enlarged = [
-        resize(m, size, tuple(o / n for o, n in zip(size, m.shape[1:3], strict=True)))
-        for m in copies
-    ]
-    return [whole, *copies, functools.reduce(jnp.maximum, enlarged, whole)]
-
-
-class ProtoSeg(nn.Module):
-    """The model of section 3.1. Groups of parameters: backbone, aspp or decoder, prototypes, head.
-
-    `apply` takes any number of prototypes' worth of parameters only if built for that number: a
-    pruned model is built anew.
+class BlackBox(nn.Module):
+    """DeepLabv2 or U-Net as published: what the decoder says are the logits.
 
     Attributes:
       backbone: image → a map, or maps.
-      decoder: the backbone's maps → D channels; its name is its group's, "aspp" or "decoder".
-      scales: of the smaller copies of an image (MSC); none by default.
-      activation: between decoder and prototypes, a key of `ACTIVATIONS`. The paper is silent; the
-        sigmoid, by which z is in (0, 1)^D, is the released code's.
-      similarity: a key of `prototypes.SIMILARITIES`.
+      decoder: the backbone's maps → one map. Both have the names of their groups of parameters.
+      scales: of the smaller copies of an image (MSC), below 1; empty without.
     """
 
     preserve_adopted_names: ClassVar[bool] = True  # Flax: the decoder keeps its own name
 
     backbone: nn.Module
     decoder: nn.Module
+    scales: tuple[float, ...]
+
+    def maps(self, images: Float[Array, "b H W 3"]) -> list[Float[Array, "b h w d"]]:
+        """The decoder's maps of the images, of each smaller copy, and the maximum of them all.
+
+        Images go down to ⌊size · scale⌋ with a source step of exactly 1 / scale; maps go up to the
+        whole image's map by size (METHOD, from the released code). Inference uses the last.
+        """
+        whole = self.decoder(self.backbone(images))
+        if not self.scales:
+            return [whole]
+        (height, width), size = images.shape[1:3], whole.shape[1:3]
+        smaller = [resize(images, (int(height * s), int(width * s)), (s, s)) for s in self.scales]
+        copies = [self.decoder(self.backbone(x)) for x in smaller]
+        same = [resize(m, size, (size[0] / m.shape[1], size[1] / m.shape[2])) for m in copies]
+        return [whole, *copies, functools.reduce(jnp.maximum, same, whole)]
+
+    def classify(self, maps: Float[Array, "b h w c"]) -> Output:
+        """Logits are all the features that the black box has."""
+        return Output(maps, None, None, maps)
+
+    def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
+        """All that training learns from, each at the size of its own map."""
+        return [self.classify(m.astype(jnp.float32)) for m in self.maps(images)]
+
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
+        """Normalised images → what inference says, at the size of the whole image's map."""
+        return self.outputs(images)[-1]
+
+
+class ProtoSeg(BlackBox):
+    """The model of section 3.1: the decoder has D channels, which prototypes read.
+
+    `apply` takes any number of prototypes' worth of parameters only if built for that number: a
+    pruned model is built anew.
+
+    Attributes:
+      activation: between decoder and prototypes, a key of `ACTIVATIONS`. The paper is silent; the
+        sigmoid, by which z is in (0, 1)^D, is the released code's.
+      similarity: a key of `prototypes.SIMILARITIES`.
+    """
+
     num_prototypes: int
     num_classes: int
-    scales: tuple[float, ...] = ()
-    activation: str = "sigmoid"
-    similarity: str = "log"
+    activation: str
+    similarity: str
 
     def setup(self):
         self.prototypes = PrototypeLayer(self.num_prototypes)
         self.head = LastLayer(self.num_classes)
 
-    def maps(self, images: Float[Array, "b H W 3"]) -> list[Float[Array, "b h w d"]]:
-        """What the decoder says before the sigmoid; see `pyramid`. Inference uses the last."""
-        return pyramid(lambda x: self.decoder(self.backbone(x)), images, self.scales)
-
-    def classify(self, features: Float[Array, "b h w d"]) -> Output:
-        """Distances and logits of features."""
+    def classify(self, maps: Float[Array, "b h w d"]) -> Output:
+        """Distances, similarities and logits of what the decoder says."""
+        features = ACTIVATIONS[self.activation](maps)
         distances = self.prototypes(features)
         similarities = SIMILARITIES[self.similarity](distances)
         return Output(features, distances, similarities, self.head(similarities))
-
-    def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
-        """All that training learns from, each at the size of its own map."""
-        activate = ACTIVATIONS[self.activation]
-        return [self.classify(activate(m.astype(jnp.float32))) for m in self.maps(images)]
-
-    def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
-        """Normalised images → features, squared distances, similarities and logits."""
-        return self.outputs(images)[-1]
-
-
-class BlackBox(nn.Module):
-    """DeepLabv2 or U-Net as published: ASPP or decoder give the logits and are all groups beside
-    the backbone's.
-
-    Attributes:
-      backbone, decoder, scales: as in `ProtoSeg`, but C channels.
-    """
-
-    preserve_adopted_names: ClassVar[bool] = True
-
-    backbone: nn.Module
-    decoder: nn.Module
-    scales: tuple[float, ...] = ()
-
-    def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
-        """All that training learns from. Logits are all the features that the black box has."""
-        maps = pyramid(lambda x: self.decoder(self.backbone(x)), images, self.scales)
-        return [Output(m, None, None, m) for m in (m.astype(jnp.float32) for m in maps)]
-
-    def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
-        """Normalised images → logits."""
-        return self.outputs(images)[-1]

@@ -1,7 +1,5 @@
 """Section 3.1: the prototype layer, its similarity (eq. 1) and the last layer. All in float32."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,28 +17,20 @@ def squared_distances(z: Float[Array, "*n d"], p: Float[Array, "m d"]) -> Float[
     the gradient is expanded, into matmuls at full precision: differentiating the direct form costs
     twenty times the forward pass.
     """
-    return _direct(z, p)
-
-
-def _direct(z: Float[Array, "*n d"], p: Float[Array, "m d"]) -> Float[Array, "*n m"]:
     return jnp.square(z.astype(jnp.float32)[..., None, :] - p.astype(jnp.float32)).sum(-1)
-
-
-def _distances_fwd(z, p):
-    return _direct(z, p), (z, p)
 
 
 def _distances_bwd(primals, g: Float[Array, "*n m"]):
     """∂z = 2 Σ_m g (z − p) and ∂p = 2 Σ_n g (p − z)."""
     points, p = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in primals)
     g = g.reshape(-1, g.shape[-1])
-    matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    dz = 2 * (g.sum(1, keepdims=True) * points - matmul(g, p))
-    dp = 2 * (g.sum(0)[:, None] * p - matmul(g.T, points))
+    gp, gz = (jnp.matmul(*x, precision=jax.lax.Precision.HIGHEST) for x in ((g, p), (g.T, points)))
+    dz = 2 * (g.sum(1, keepdims=True) * points - gp)
+    dp = 2 * (g.sum(0)[:, None] * p - gz)
     return tuple(d.reshape(x.shape).astype(x.dtype) for d, x in zip((dz, dp), primals, strict=True))
 
 
-squared_distances.defvjp(_distances_fwd, _distances_bwd)
+squared_distances.defvjp(lambda z, p: (squared_distances(z, p), (z, p)), _distances_bwd)
 
 
 def similarity(d2: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -63,10 +53,9 @@ def class_table(
 ) -> Int[np.ndarray, "c k"]:
     """The prototypes of each class, [C, K_max], −1 where a class has fewer than K_max."""
     owned = [np.flatnonzero(np.asarray(prototype_classes) == c) for c in range(num_classes)]
-    table = np.full((num_classes, max((len(own) for own in owned), default=0)), -1)
-    for row, own in zip(table, owned, strict=True):
-        row[: len(own)] = own
-    return table
+    most = max(map(len, owned), default=0)
+    rows = [np.pad(own, (0, most - len(own)), constant_values=-1) for own in owned]
+    return np.array(rows, np.int64).reshape(num_classes, most)
 
 
 def class_connections(
@@ -87,10 +76,8 @@ class PrototypeLayer(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w d"]) -> Float[Array, "b h w m"]:
-        vectors = self.param(
-            "vectors", nn.initializers.uniform(1.0), (self.num_prototypes, z.shape[-1])
-        )
-        return squared_distances(z, vectors)
+        shape = (self.num_prototypes, z.shape[-1])
+        return squared_distances(z, self.param("vectors", nn.initializers.uniform(1.0), shape))
 
 
 class LastLayer(nn.Module):
@@ -100,8 +87,8 @@ class LastLayer(nn.Module):
 
     @nn.compact
     def __call__(self, similarities: Float[Array, "b h w m"]) -> Float[Array, "b h w c"]:
-        def init(_, shape: tuple[int, int]) -> Float[Array, "m c"]:
-            return class_connections(equal_blocks(*shape), shape[1])
+        def start(_, m: int, c: int) -> Float[Array, "m c"]:
+            return class_connections(equal_blocks(m, c), c)
 
-        kernel = self.param("kernel", init, (similarities.shape[-1], self.num_classes))
+        kernel = self.param("kernel", start, similarities.shape[-1], self.num_classes)
         return jnp.matmul(similarities, kernel, precision=jax.lax.Precision.HIGHEST)

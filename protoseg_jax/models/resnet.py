@@ -15,7 +15,6 @@ Submodules are named after torchvision's: `conv1`, `norm1`, `layer2_0.conv1`, `l
 """
 
 import re
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 from jaxtyping import Array, Float
 
 from protoseg_jax import models
@@ -170,16 +168,24 @@ ORIGINS = {
     # Trained by the released code, which feeds ImageNet's RGB whatever it started from.
     "protoseg": weights.Origin("1x1", "imagenet"),
 }
+# Names that need not be taken.
 _IGNORED = {
     "torchvision": r"fc\.(weight|bias)",
     "deeplab": r"(fc|aspp\.c\d)\.(weight|bias)",
     "protoseg": "ones",
 }
+# (Convolution, BatchNorm) by our name of the convolution; but for the stem's inside a block.
+_TORCHVISION = {
+    "stem": ("conv1", "bn1"),
+    "downsample_conv": ("downsample.0", "downsample.1"),
+    **{f"conv{n}": (f"conv{n}", f"bn{n}") for n in (1, 2, 3)},
+}
 _DEEPLAB = {
-    "conv1": "reduce",
-    "conv2": "conv3x3",
-    "conv3": "increase",
-    "downsample_conv": "shortcut",
+    "stem": ("layer1.conv1.conv", "layer1.conv1.bn"),
+    "downsample_conv": ("shortcut.conv", "shortcut.bn"),
+    "conv1": ("reduce.conv", "reduce.bn"),
+    "conv2": ("conv3x3.conv", "conv3x3.bn"),
+    "conv3": ("increase.conv", "increase.bn"),
 }
 
 
@@ -204,9 +210,9 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
             )
         tensors = bare
     if "layer1.0.conv1.weight" in tensors:
-        origin, names, block, first = "torchvision", _torchvision, r"layer{}\.(\d+)\.", 1
-    elif "layer1.conv1.conv.weight" in tensors:
-        origin, names, block, first = "deeplab", _deeplab, r"layer{}\.block(\d+)\.", 2
+        origin, names, where_block, first = "torchvision", _TORCHVISION, "layer{}.{}.", (1, 0)
+    elif "layer1.conv1.conv.weight" in tensors:  # its layer1 is the stem; blocks count from 1
+        origin, names, where_block, first = "deeplab", _DEEPLAB, "layer{}.block{}.", (2, 1)
         if "prototype_vectors" in tensors:
             origin = "protoseg"
     else:
@@ -215,9 +221,10 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
             f"weights {where} are of an unknown network (its tensors: {some}, …); known are "
             "torchvision's ResNets, the PyTorch DeepLabv2 port and the authors' ProtoSeg"
         )
+    pattern = where_block.replace(".", r"\.")
     blocks = tuple(
-        len({m[1] for n in tensors if (m := re.match(block.format(stage), n))})
-        for stage in range(first, first + 4)
+        len({m[1] for n in tensors if (m := re.match(pattern.format(stage, r"(\d+)"), n))})
+        for stage in range(first[0], first[0] + 4)
     )
     depths = {counts: depth for depth, counts in BLOCKS.items()}
     if blocks not in depths or (origin == "torchvision" and "layer1.0.conv3.weight" not in tensors):
@@ -226,14 +233,23 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
             f"stages); use bottleneck ones, of depth {', '.join(map(str, BLOCKS))}"
         )
     depth, account = depths[blocks], weights.Account(tensors)
-    stem = tensors.get(names(("conv1",))[0] + ".weight")
+    stem = tensors.get(names["stem"][0] + ".weight")
     width = stem.shape[0] if stem is not None and stem.ndim else 64
-    params, frozen = {}, {}
-    for path, shape in _convolutions(depth, width):
-        conv, norm = names(path)
-        params[*path, "kernel"] = account.kernel(f"{conv}.weight", shape)
-        frozen[*path[:-1], path[-1].replace("conv", "norm")] = account.affine(norm, shape[0])
-    params, frozen = ({"backbone": traverse_util.unflatten_dict(x)} for x in (params, frozen))
+    conv, norm = names["stem"]
+    params = {"conv1": {"kernel": account.kernel(f"{conv}.weight", (width, 3, 7, 7))}}
+    frozen, channels = {"norm1": account.affine(norm, width)}, width
+    for stage, block in ((s, b) for s in range(4) for b in range(blocks[s])):
+        ours, inner = f"layer{stage + 1}_{block}", width * 2**stage
+        prefix = where_block.format(first[0] + stage, first[1] + block)
+        shapes = {"downsample_conv": (4 * inner, channels, 1, 1)} if block == 0 else {}
+        shapes |= {"conv1": (inner, channels, 1, 1), "conv2": (inner, inner, 3, 3)}
+        shapes |= {"conv3": (4 * inner, inner, 1, 1)}
+        params[ours], frozen[ours], channels = {}, {}, 4 * inner
+        for name, shape in shapes.items():
+            conv, norm = (prefix + theirs for theirs in names[name])
+            params[ours][name] = {"kernel": account.kernel(f"{conv}.weight", shape)}
+            frozen[ours][name.replace("conv", "norm")] = account.affine(norm, shape[0])
+    params, frozen = {"backbone": params}, {"backbone": frozen}
     if origin == "protoseg":
         params |= _protoseg(account, 32 * width)
     account.settle(where, f"{origin} ResNet-{depth}", _IGNORED[origin])
@@ -241,41 +257,6 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
     if origin == "protoseg":
         classes = weights.prototype_classes(params["head"]["kernel"], where)
     return weights.Ported(origin, depth, params, frozen, classes)
-
-
-def _convolutions(depth: int, width: int) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Our path and PyTorch's shape (out, in, k, k) of every convolution of a ResNet."""
-    yield ("conv1",), (width, 3, 7, 7)
-    channels = width
-    for stage, blocks in enumerate(BLOCKS[depth]):
-        inner = width * 2**stage
-        for block in range(blocks):
-            name = f"layer{stage + 1}_{block}"
-            if block == 0:
-                yield (name, "downsample_conv"), (4 * inner, channels, 1, 1)
-            yield (name, "conv1"), (inner, channels, 1, 1)
-            yield (name, "conv2"), (inner, inner, 3, 3)
-            yield (name, "conv3"), (4 * inner, inner, 1, 1)
-            channels = 4 * inner
-
-
-def _torchvision(path: tuple[str, ...]) -> tuple[str, str]:
-    """Our module → (convolution, BatchNorm), for the module of a convolution."""
-    if len(path) == 1:
-        return "conv1", "bn1"
-    block, conv = path[0].replace("_", "."), path[1]
-    if conv == "downsample_conv":
-        return f"{block}.downsample.0", f"{block}.downsample.1"
-    return f"{block}.{conv}", f"{block}.{conv.replace('conv', 'bn')}"
-
-
-def _deeplab(path: tuple[str, ...]) -> tuple[str, str]:
-    """As `_torchvision`; DeepLab's layer1 is the stem and its blocks count from 1."""
-    name = "layer1.conv1"
-    if len(path) > 1:
-        stage, block = re.fullmatch(r"layer(\d)_(\d+)", path[0]).groups()
-        name = f"layer{int(stage) + 1}.block{int(block) + 1}.{_DEEPLAB[path[1]]}"
-    return f"{name}.conv", f"{name}.bn"
 
 
 def _protoseg(account: weights.Account, channels: int) -> dict[str, Any]:

@@ -9,19 +9,20 @@ import types
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import torch
 import weights
 from torch.nn import functional as F
 from torch_counterpart import TorchProtoSeg, nchw, nhwc, total_loss
 
+from protoseg_jax import config as configs
 from protoseg_jax import losses, models
-from protoseg_jax.data.preprocessing import Preprocessing
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.inference import Inference, shrink_labels
-from protoseg_jax.models import port_torch
-from protoseg_jax.training import phases
+from protoseg_jax.models import resnet
+from protoseg_jax.models import weights as ported_weights
+from protoseg_jax.models.preprocessing import Preprocessing
+from protoseg_jax.run.phases import Phase
 from protoseg_jax.training import step as steps
 
 C, K, D = 4, 3, 16
@@ -31,24 +32,12 @@ CLASSES = np.arange(C).repeat(K)
 def network(depth, width, stride_in, rates, msc=()):
     """(our model, its variables, the counterpart) over the same weights."""
     state_dict = weights.protoseg(depth, width, rates, D, CLASSES, C)
-    ported = port_torch.port(state_dict, "made")
+    ported = resnet.port(state_dict, "made")
     assert (ported.origin, ported.depth) == ("protoseg", depth)
     np.testing.assert_array_equal(ported.prototype_classes, CLASSES)
-    config = ml_collections.ConfigDict(
-        {
-            "backbone": "resnet",
-            "depth": depth,
-            "width": width,
-            "norm": "frozen_batch",
-            "stride_in": stride_in,
-            "output_stride": 8,
-            "aspp_rates": rates,
-            "head": "prototypes",
-            "features": D,
-            "msc": msc,
-            "remat": False,
-        }
-    )
+    config = configs.default().model
+    config.update(depth=depth, width=width, stride_in=stride_in, features=D, msc=msc)
+    config.aspp_rates = rates
     model = models.build(config, num_classes=C, num_prototypes=len(CLASSES), dtype=jnp.float32)
     variables = {"params": ported.params, "frozen": ported.frozen}
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 65, 65, 3), np.float32))
@@ -118,10 +107,10 @@ def torchvision_resnet(size, folder):
     made = {name: torch.tensor(tensor) for name, tensor in made.items()}
     theirs.load_state_dict({**theirs.state_dict(), **made})
     torch.save(theirs.state_dict(), folder / "resnet101.pth")
-    ported = port_torch.load(folder / "resnet101.pth")
+    ported = ported_weights.load(folder / "resnet101.pth", resnet)
     assert (ported.origin, ported.depth) == ("torchvision", 101)
     images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
-    ours = models.resnet.ResNet(101, stride_in=port_torch.ORIGINS["torchvision"].stride_in)
+    ours = resnet.ResNet(101, stride_in=resnet.ORIGINS["torchvision"].stride_in)
     variables = {"params": ported.params["backbone"], "frozen": ported.frozen["backbone"]}
     got = jax.jit(ours.apply)(variables, images)
     with torch.no_grad():
@@ -182,7 +171,7 @@ def group_of(name):
 def joint_phase(count=10):
     """Steps with coupled L2, poly schedule and per-group rates, against torch.optim.Adam."""
     model, variables, counterpart = network(26, 16, "1x1", (2, 4, 6, 12))
-    phase = phases.Phase("joint", "train", 30, RATES, "poly")
+    phase = Phase("joint", "train", 30, RATES, "poly")
     groups = {n: group_of(n) for n in counterpart.tensors}
     trained = {n: counterpart.tensors[n].requires_grad_() for n, g in groups.items() if g}
     optimizer = torch.optim.Adam(
@@ -201,23 +190,15 @@ def joint_phase(count=10):
 
     pool = DevicePool(jax.local_devices()[:1])
     size = (9, 9)
-    inference = Inference(model, PIXELS, (65, 65))
+    inference = Inference(model, PIXELS, (65, 65), tuple(CLASSES.tolist()), C)
+    config = configs.default()
+    terms, rules = losses.terms(config.loss, CLASSES, C), models.decay(config.model)
     step = pool.map(
-        steps.make_step(
-            inference,
-            phase,
-            prototype_classes=CLASSES,
-            num_classes=C,
-            loss_config=ml_collections.ConfigDict(
-                {"diversity": 0.25, "l1": 1e-4, "diversity_reduction": "present"}
-            ),
-            accumulate=1,
-            feature_sizes=[size],
-        )
+        steps.make_step(inference, phase, terms, rules, accumulate=1, feature_sizes=[size])
     )
     start = variables["params"]
     _, frozen = steps.split(start, phase)
-    state = pool.replicate(steps.init_state(start, phase))
+    state = pool.replicate(steps.init_state(start, phase, rules))
     frozen, constants = pool.replicate((frozen, {"frozen": variables["frozen"]}))
     result = Joint([], {}, {})
     for number, batch in enumerate(batches(count)):
@@ -225,7 +206,7 @@ def joint_phase(count=10):
         _, d2, logits = counterpart(nchw(PIXELS.normalise(jnp.array(batch["image"]))))
         expected = total_loss(d2, logits, torch.tensor(np.array(labels)).long(), CLASSES, 0.25)
         if number == 0:
-            grads = our_gradients(inference, variables, batch, labels)
+            grads = our_gradients(inference, terms[:2], variables, batch, labels)
             found = torch.autograd.grad(expected, list(trained.values()), retain_graph=True)
             theirs = as_ours(counterpart, dict(zip(trained, found, strict=True)))
             result.gradients = {g: leaf_pairs(grads[g], theirs[g]) for g in RATES}
@@ -245,21 +226,19 @@ def joint_phase(count=10):
 def as_ours(counterpart, changed):
     """The counterpart's tensors, or `changed` ones in their place, in our names and layouts."""
     tensors = {**counterpart.tensors, **changed}
-    return port_torch.port({n: t.detach().numpy() for n, t in tensors.items()}, "made").params
+    return resnet.port({n: t.detach().numpy() for n, t in tensors.items()}, "made").params
 
 
 def leaf_pairs(ours, theirs):
     return list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
 
 
-def our_gradients(inference, variables, batch, labels):
+def our_gradients(inference, terms, variables, batch, labels):
     """Of eq. 7, by parameter."""
+    counts = {term.name: term.count(labels) for term in terms}
 
     def loss(params):
         output = inference({**variables, "params": params}, jnp.array(batch["image"]))
-        present = losses.diversity_present(labels, CLASSES, C).sum()
-        diversity = losses.diversity(output.distances, labels, CLASSES, C).sum() / present
-        points = losses.valid_points(labels, C)
-        return losses.cross_entropy_sum(output.logits, labels) / points + 0.25 * diversity
+        return losses.objective(terms, losses.means(terms, [output], [labels], [counts]))
 
     return jax.jit(jax.grad(loss))(variables["params"])

@@ -1,14 +1,15 @@
 """The networks: feature sizes, eq. 1, distances and their gradients, the last layer's start."""
 
-import flops
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
+from protoseg_jax import config as configs
+from protoseg_jax import inference as inferences
 from protoseg_jax import models
 from protoseg_jax.errors import UserError
+from protoseg_jax.models import preprocessing
 from protoseg_jax.models.prototypes import (
     class_connections,
     equal_blocks,
@@ -18,7 +19,11 @@ from protoseg_jax.models.prototypes import (
 
 
 def make_config(**changes):
-    return ml_collections.ConfigDict({**flops.config().model.to_dict(), **changes})
+    config = configs.default().model
+    config.stride_in, config.preprocessing = "3x3", "imagenet"
+    with config.ignore_type():
+        config.update({"depth": 14, **changes})
+    return config
 
 
 def shapes(size, **changes):
@@ -48,6 +53,19 @@ def test_parameter_groups():
     assert set(twin["params"]) == {"backbone", "aspp"} and "frozen" not in twin
 
 
+def test_every_group_has_a_rule_of_weight_decay():
+    """Coupled L2 on convolutions and the ASPP's biases; none on norms, prototypes, w_h (METHOD)."""
+    for changes in ({"norm": "group"}, {"backbone": "unet", "depth": 3}):
+        config = make_config(**changes)
+        _, variables = shapes((65, 65), **changes)
+        rules, params = models.decay(config), variables["params"]
+        assert set(rules) == set(params) == {*models.groups(config), "prototypes", "head"}
+        for path, _ in jax.tree_util.tree_leaves_with_path(params):
+            names = tuple(key.key for key in path)
+            in_network = names[0] in ("backbone", "decoder") and names[-1] == "kernel"
+            assert rules[names[0]](names) == (in_network or names[0] == "aspp"), names
+
+
 def test_output_stride_4_keeps_twice_the_resolution():
     output, _ = shapes((321, 321), output_stride=4)
     assert output.features.shape == (1, 81, 81, 64)
@@ -71,14 +89,22 @@ def test_rematerialisation_changes_no_gradient():
 
 def test_bfloat16_is_only_computed_in():
     """Parameters and results stay float32, and the results are near those of float32."""
-    config = make_config(depth=14, width=16, norm="group", aspp_rates=(1, 2), features=8)
-    images = jax.random.normal(jax.random.key(1), (1, 32, 40, 3))
+    config = make_config(width=4, norm="group", aspp_rates=(1, 2), features=8)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(1, 17, 17, 3)).astype(np.float32)
     exact, half = (models.build(config, 3, 6, dtype) for dtype in (jnp.float32, jnp.bfloat16))
-    variables = half.init(jax.random.key(0), images)
-    output = half.apply(variables, images)
-    assert {leaf.dtype for leaf in jax.tree.leaves((variables, output))} == {jnp.float32.dtype}
-    error = np.abs(output.features - exact.apply(variables, images).features).max()
-    assert 0 < error < 0.05
+    shapes = jax.eval_shape(half.init, jax.random.key(0), images)
+
+    def made(path, x):  # kernels that keep the size of what they are given
+        spread = np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 0.1
+        scale = path[-1].key == "scale"
+        return (scale + rng.normal(0, spread, x.shape)).astype(x.dtype)
+
+    variables = jax.tree_util.tree_map_with_path(made, shapes)
+    output = jax.jit(half.apply)(variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves((shapes, output))} == {jnp.float32.dtype}
+    error = np.abs(output.features - jax.jit(exact.apply)(variables, images).features)
+    assert 0 < error.max() < 0.05 and np.std(output.features) > 0.05
 
 
 @pytest.mark.parametrize("change", [{"depth": 18}, {"norm": "batch"}, {"head": "mlp"}])
@@ -110,7 +136,8 @@ def test_distances_are_exact_and_so_are_their_gradients():
             expected_z[index] += 2 * weights[(*index, j)] * difference
             expected_p[j] -= 2 * weights[(*index, j)] * difference
     assert got[1, 2, 3, 2] == 0.0
-    gradients = jax.grad(lambda z, p: (squared_distances(z, p) * weights).sum(), (0, 1))(z, p)
+    loss = jax.jit(jax.grad(lambda z, p: (squared_distances(z, p) * weights).sum(), (0, 1)))
+    gradients = loss(z, p)
     np.testing.assert_allclose(gradients[0], expected_z, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(gradients[1], expected_p, rtol=1e-4, atol=1e-5)
 
@@ -121,3 +148,60 @@ def test_last_layer_starts_at_one_and_minus_a_half():
     w_h = np.asarray(class_connections(classes, 3))
     for j, c in enumerate(classes):
         assert w_h[j].tolist() == [1.0 if k == c else -0.5 for k in range(3)]
+
+
+ELSEWHERE = """
+from flax import linen as nn
+
+from protoseg_jax.models.preprocessing import Preprocessing
+
+GROUPS = {"stem": lambda path: path[-1] == "kernel", "neck": lambda path: False}
+PREPROCESSING = {"halves": Preprocessing((128.0,) * 3, (64.0,) * 3)}
+
+
+def build(config, channels, dtype):
+    return nn.Conv(config.width, (3, 3), strides=(4, 4)), nn.Dense(channels)
+"""
+
+
+def test_a_backbone_from_outside_the_package(tmp_path, monkeypatch):
+    """One module anywhere, by its dotted path: groups, decay and preprocessing are its own."""
+    folder = tmp_path / "nets_elsewhere"
+    folder.mkdir()
+    (folder / "tiny.py").write_text(ELSEWHERE)
+    (folder / "one.py").write_text(ELSEWHERE.replace(', "neck": lambda path: False', ""))
+    (folder / "none.py").write_text("GROUPS = {}")
+    (folder / "broken.py").write_text("import nowhere_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = configs.default()
+    config.eval_size = (16, 24)
+    config.model = make_config(backbone="nets_elsewhere.tiny", width=5, preprocessing="halves")
+    inference = inferences.from_config(config, 3, [0, 0, 1, 2])
+    assert inference.feature_size == (4, 6) and inference.num_prototypes == 4
+    assert hash(inference) == hash(inferences.from_config(config, 3, [0, 0, 1, 2]))
+    images = np.full((1, 16, 24, 3), 192, np.uint8)
+    assert (inference.preprocessing.normalise(images) == 1).all()
+    variables = jax.eval_shape(inference.model.init, jax.random.key(0), images)
+    assert set(variables["params"]) == {"stem", "neck", "prototypes", "head"}
+    assert jax.eval_shape(inference, variables, images).logits.shape == (1, 4, 6, 3)
+    assert models.groups(config.model) == ("stem", "neck")
+    rules = models.decay(config.model)
+    decayed = [rules[g]((g, "kernel")) for g in ("stem", "neck", "prototypes", "head")]
+    assert decayed == [True, False, False, False]
+    for name, words in (
+        ("one", "GROUPS"),
+        ("none", "has no 'build'"),
+        ("broken", "does not import"),
+        ("absent", "choose one of resnet, unet"),
+    ):
+        config.model.backbone = f"nets_elsewhere.{name}"
+        with pytest.raises(UserError, match=words):
+            inferences.from_config(config, 3, [0, 1])
+
+
+def test_unknown_preprocessing_is_refused():
+    with pytest.raises(UserError, match="'paint' is unknown; choose from .'caffe', 'data', 'imag"):
+        preprocessing.from_config(make_config(preprocessing="paint"))
+    measured = make_config(preprocessing="data", mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
+    assert preprocessing.from_config(measured).padding_colour == (1, 2, 3)
+    assert preprocessing.KNOWN["caffe"].padding_colour == (123, 117, 104)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from protoseg_jax.models.deeplab import ASPP
-from protoseg_jax.models.layers import convolve, max_pool
+from protoseg_jax.models.layers import Conv, max_pool
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -51,7 +51,8 @@ def test_convolution(size, k, stride, dilation):
     kernel = rng.normal(size=(k, k, 8, 6)).astype(np.float32)
     pad = dilation * (k - 1) // 2
     expected = F.conv2d(nchw(x), oihw(kernel), None, stride, pad, dilation)
-    assert_close(convolve(jnp.array(x), jnp.array(kernel), stride, dilation), nhwc(expected), 1e-5)
+    got = Conv(6, k, stride, dilation).apply({"params": {"kernel": kernel}}, x)
+    assert_close(got, nhwc(expected), 1e-5)
 
 
 def test_aspp_and_its_gradients():
@@ -83,23 +84,17 @@ def test_aspp_and_its_gradients():
     ("depth", "width", "rates", "size"),
     [
         (26, 16, (2, 4, 6, 24), (97, 80)),
-        (26, 16, (2, 4, 6, 24), (64, 105)),
-        (101, 64, (6, 12, 18, 24), (321, 321)),
-        (101, 64, (6, 12, 18, 24), (200, 512)),
-        pytest.param(101, 64, (6, 12, 18, 24), (513, 513), marks=pytest.mark.slow),
+        (101, 16, (6, 12, 18, 24), (112, 155)),
+        pytest.param(101, 64, (6, 12, 18, 24), (321, 321), marks=pytest.mark.slow),
     ],
     ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x),
 )
 def test_whole_network(stride_in, depth, width, rates, size):
+    """Published sizes up to 1024×2048 are compared by benchmarks/parity.py."""
     compare(cases.whole_network(stride_in, depth, width, rates, size))
 
 
-@pytest.mark.slow
-def test_whole_network_at_cityscapes_size():
-    compare(cases.whole_network("1x1", 101, 64, (6, 12, 18, 24), (1024, 2048)))
-
-
-@pytest.mark.parametrize("size", [(97, 80), (64, 105), (321, 321)], ids=str)
+@pytest.mark.parametrize("size", [(97, 80), (64, 105)], ids=str)
 def test_multi_scale_maps(size):
     """MSC: every scale's own output, and the maximum of the maps before the sigmoid."""
     compare(cases.multi_scale(size))
@@ -109,10 +104,9 @@ def test_multi_scale_maps(size):
     importlib.util.find_spec("torchvision") is None,
     reason="torchvision is not installed (pip install --no-deps torchvision)",
 )
-@pytest.mark.parametrize("size", [(321, 321), (128, 224)], ids=str)
-def test_torchvision_s_own_resnet(size, tmp_path):
+def test_torchvision_s_own_resnet(tmp_path):
     """Its architecture, our dilation and ceil-mode pooling, its state dict through a .pth file."""
-    compare(cases.torchvision_resnet(size, tmp_path))
+    compare(cases.torchvision_resnet((96, 131), tmp_path))
 
 
 def test_gradients_and_ten_steps_of_the_joint_phase():

@@ -2,27 +2,20 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
+from protoseg_jax import config as configs
 from protoseg_jax import models
 from protoseg_jax.errors import UserError
 from protoseg_jax.models.unet import UpConv
 
 
 def make_config(**changes):
-    config = {
-        "backbone": "unet",
-        "depth": 3,
-        "width": 16,
-        "output_stride": 1,
-        "head": "prototypes",
-        "features": 8,
-        "msc": (),
-        "remat": False,
-    }
-    return ml_collections.ConfigDict({**config, **changes})
+    config = configs.default().model
+    settings = {"backbone": "unet", "depth": 3, "width": 16, "output_stride": 1, "features": 8}
+    config.update({**settings, **changes})
+    return config
 
 
 def shapes(size, **changes):

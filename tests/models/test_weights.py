@@ -10,12 +10,13 @@ import safetensors.numpy
 import weights
 
 from protoseg_jax.errors import UserError
-from protoseg_jax.models import port_torch
+from protoseg_jax.models import resnet, unet
+from protoseg_jax.models import weights as files
 
 CLASSES = np.arange(4).repeat(3)
 
 
-def resnet(naming="torchvision", depth=26, width=4):
+def backbone(naming="torchvision", depth=26, width=4):
     tensors = weights.backbone(naming, depth, width, np.random.default_rng(0))
     classifier = {"torchvision": "fc.weight", "deeplab": "aspp.c0.weight"}[naming]
     return {**tensors, classifier: np.zeros((5, 32 * width), np.float32)}
@@ -27,8 +28,8 @@ def protoseg(classes=CLASSES):
 
 @pytest.mark.parametrize("naming", ["torchvision", "deeplab"])
 def test_kernels_and_affine_maps(naming):
-    tensors = resnet(naming)
-    ported = port_torch.port(tensors, "made")
+    tensors = backbone(naming)
+    ported = resnet.port(tensors, "made")
     assert (ported.origin, ported.depth, ported.prototype_classes) == (naming, 26, None)
     conv, norm = weights.block_names(naming, 2, 1)[1]
     got = ported.params["backbone"]["layer3_1"]["conv2"]["kernel"]
@@ -47,7 +48,7 @@ def test_kernels_and_affine_maps(naming):
 
 def test_every_module_has_its_own_tensor():
     """No tensor of ours is filled twice or from the wrong place: names agree between origins."""
-    a, b = (port_torch.port(resnet(naming), "made") for naming in ("torchvision", "deeplab"))
+    a, b = (resnet.port(backbone(naming), "made") for naming in ("torchvision", "deeplab"))
     assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
     jax.tree.map(np.testing.assert_array_equal, (a.params, a.frozen), (b.params, b.frozen))
     kernels = jax.tree.leaves(a.params)
@@ -56,11 +57,11 @@ def test_every_module_has_its_own_tensor():
 
 def test_all_kinds_of_files_hold_the_same(tmp_path):
     tensors = protoseg()
-    expected = port_torch.port(tensors, "made")
+    expected = resnet.port(tensors, "made")
     safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
-    port_torch.save(expected, tmp_path / "b.npz")
+    files.save(expected, tmp_path / "b.npz")
     for name in ("a.safetensors", "b.npz"):
-        got = port_torch.load(tmp_path / name)
+        got = files.load(tmp_path / name, resnet)
         assert (got.origin, got.depth) == ("protoseg", 26)
         np.testing.assert_array_equal(got.prototype_classes, CLASSES)
         same = (got.params, got.frozen), (expected.params, expected.frozen)
@@ -70,28 +71,28 @@ def test_all_kinds_of_files_hold_the_same(tmp_path):
 @pytest.mark.parity
 def test_pth_files(tmp_path):
     torch = pytest.importorskip("torch")
-    state_dict = {n: torch.tensor(t) for n, t in resnet().items()}
-    expected = port_torch.port(resnet(), "made")
+    state_dict = {n: torch.tensor(t) for n, t in backbone().items()}
+    expected = resnet.port(backbone(), "made")
     for name, content in (
         ("plain.pth", state_dict),
         ("wrapped.pt", {"state_dict": {f"module.{n}": t for n, t in state_dict.items()}}),
     ):
         torch.save(content, tmp_path / name)
-        got = port_torch.load(tmp_path / name)
+        got = files.load(tmp_path / name, resnet)
         jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
     torch.save(torch.nn.Conv2d(3, 4, 1), tmp_path / "module.pth")
     with pytest.raises(UserError, match="whole module.*torch.save.model.state_dict"):
-        port_torch.load(tmp_path / "module.pth")
+        files.load(tmp_path / "module.pth", resnet)
     (tmp_path / "page.pth").write_text("<html>404 not found</html>")
     with pytest.raises(UserError, match="page.pth cannot be read"):
-        port_torch.load(tmp_path / "page.pth")
+        files.load(tmp_path / "page.pth", resnet)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="no state dict"):
-        port_torch.load(tmp_path / "list.pth")
+        files.load(tmp_path / "list.pth", resnet)
     content = (tmp_path / "plain.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cut.pth cannot be read"):
-        port_torch.load(tmp_path / "cut.pth")
+        files.load(tmp_path / "cut.pth", resnet)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +115,10 @@ def test_pth_files(tmp_path):
     ],
 )
 def test_what_does_not_fit_is_named(change, words):
-    tensors = resnet()
+    tensors = backbone()
     change(tensors)
     with pytest.raises(UserError, match=words):
-        port_torch.port(tensors, "made.pth")
+        resnet.port(tensors, "made.pth")
 
 
 @pytest.mark.parametrize(
@@ -127,41 +128,47 @@ def test_what_does_not_fit_is_named(change, words):
         ("weights.bin", b"x", "unknown kind"),
         ("a.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", "unknown network"),
         ("a.safetensors", b"no weights at all", "cannot be read"),
-        ("a.npz", b"no weights at all", "not one of port_torch's"),
+        ("a.npz", b"no weights at all", "not one that `protoseg port` wrote"),
     ],
 )
 def test_files_that_are_no_weights(tmp_path, name, content, words):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
-        port_torch.load(tmp_path / name)
+        files.load(tmp_path / name, resnet)
+
+
+def test_a_network_without_foreign_weights_takes_none(tmp_path):
+    files.save(resnet.port(backbone(), "made"), tmp_path / "a.npz")
+    with pytest.raises(UserError, match="model.backbone 'unet'; leave pretrained.path out"):
+        files.load(tmp_path / "a.npz", unet)
 
 
 def test_classes_of_whole_and_pruned_models():
-    kernel = port_torch.port(protoseg(), "made").params["head"]["kernel"]
-    np.testing.assert_array_equal(port_torch.prototype_classes(kernel, ""), CLASSES)
+    kernel = resnet.port(protoseg(), "made").params["head"]["kernel"]
+    np.testing.assert_array_equal(files.prototype_classes(kernel, ""), CLASSES)
     pruned = [0, 1, 2, 3, 5, 6, 9]
-    got = port_torch.prototype_classes(kernel[pruned], "")
+    got = files.prototype_classes(kernel[pruned], "")
     np.testing.assert_array_equal(got, CLASSES[pruned])
     by_chance = [0, 1, 2, 3, 4, 6, 9, 10]  # 8 = 2 · 4, but not in blocks of two
-    got = port_torch.prototype_classes(kernel[by_chance], "")
+    got = files.prototype_classes(kernel[by_chance], "")
     np.testing.assert_array_equal(got, CLASSES[by_chance])
     unclear = kernel[pruned].copy()
     unclear[2] = 0.1
     with pytest.raises(UserError, match="class of prototype 2 is not clear"):
-        port_torch.prototype_classes(unclear, "made.pth")
+        files.prototype_classes(unclear, "made.pth")
 
 
 def command(*arguments):
-    line = [sys.executable, "-m", "protoseg_jax.models.port_torch", *map(str, arguments)]
+    line = [sys.executable, "-m", "protoseg_jax.cli.port", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True)
 
 
 def test_the_command(tmp_path):
-    safetensors.numpy.save_file(resnet(), tmp_path / "resnet.safetensors")
+    safetensors.numpy.save_file(backbone(), tmp_path / "resnet.safetensors")
     result = command(tmp_path / "resnet.safetensors", tmp_path / "ours.npz")
     assert result.returncode == 0, result.stderr
-    got, expected = port_torch.load(tmp_path / "ours.npz"), port_torch.port(resnet(), "made")
+    got, expected = files.load(tmp_path / "ours.npz", resnet), resnet.port(backbone(), "made")
     jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
 
 
