@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Int, UInt8
+from ml_collections import ConfigDict
 
 from protoseg_jax import images as pictures
 from protoseg_jax import models
@@ -27,8 +27,8 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """A model with its preprocessing, its classes and its one evaluation size; hashable, and pure
-    functions of variables.
+    """A model with its classes, its preprocessing and its one evaluation size; pure functions of
+    variables, and hashable.
 
     Attributes:
       model: the Flax module.
@@ -101,17 +101,13 @@ class Inference:
 
 
 def from_config(
-    config: ml_collections.ConfigDict, num_classes: int, prototype_classes: Sequence[int]
+    config: ConfigDict, num_classes: int, prototype_classes: Sequence[int]
 ) -> Inference:
     """The inference path of a run's config, for prototypes of these classes."""
-    dtype = _DTYPES[config.compute_dtype]
-    return Inference(
-        model=models.build(config.model, num_classes, len(prototype_classes), dtype),
-        preprocessing=preprocessing.from_config(config.model),
-        eval_size=tuple(config.eval_size),
-        prototype_classes=tuple(int(c) for c in prototype_classes),
-        num_classes=num_classes,
-    )
+    classes = tuple(int(c) for c in prototype_classes)
+    model = models.build(config.model, num_classes, len(classes), _DTYPES[config.compute_dtype])
+    normal = preprocessing.from_config(config.model)
+    return Inference(model, normal, tuple(config.eval_size), classes, num_classes)
 
 
 def shrink_labels(

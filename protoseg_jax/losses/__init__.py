@@ -1,9 +1,9 @@
 """Section 3.3 of the paper: the objective, eqs 7 and 8, of terms that are found by name.
 
-A term is one module, ours or anyone's, with `make(config.loss, c(j) of all prototypes, C, weights
-of points by their class) → Term | Penalty`. Sums and counts are kept apart, so that a caller
-divides by the counts of the global batch and N devices compute what one computes. Everything is
-float32 whatever the inputs' dtype. A label outside [0, C) is void and enters nothing.
+A term is one module, ours or anyone's, with `make`, which takes what `terms` takes and returns a
+`Term` or a `Penalty`. Sums and counts are kept apart, so that a caller divides by the counts of the
+global batch and N devices compute what one computes. Everything is float32 whatever the inputs'
+dtype. A label outside [0, C) is void and enters nothing.
 """
 
 import dataclasses
@@ -49,8 +49,7 @@ class Penalty:
     """A function of the parameters alone.
 
     Attributes:
-      name: its key in the metrics.
-      weight: λ in the objective.
+      name, weight: as of a `Term`.
       phases: names of the phases that it applies in; elsewhere the metric is 0.
       value: of the phase's trainable parameters, `{group: subtree}`.
     """
@@ -93,11 +92,8 @@ def means(
 ) -> dict[str, Scalar]:
     """These images' part of each term: its mean over the global batch, averaged over the outputs.
 
-    Args:
-      terms: of the objective.
-      outputs: of the model; with MSC each has its own labels and loss (METHOD).
-      labels: of each output.
-      counts: of each output, each term's denominator in the global batch; never 0.
+    With MSC each of the model's outputs has its own labels and loss (METHOD), and its own `counts`:
+    each term's denominator in the global batch, never 0.
     """
     found = {term.name: jnp.zeros(()) for term in terms}
     for output, own, count in zip(outputs, labels, counts, strict=True):

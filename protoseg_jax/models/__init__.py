@@ -1,11 +1,13 @@
 """Section 3.1: the networks. `build` makes one from a config.
 
-A backbone is one module, ours or anyone's, that defines `GROUPS`, the names of the two groups of
-parameters (the backbone's, then its decoder's), each with its rule of weight decay: a parameter's
-path → whether it decays; and `build(config.model, channels, dtype)` → (backbone, decoder), Flax
-modules from an image to a map or maps, and from those to one map of so many channels. With foreign
-weights it has `port` and `ORIGINS` (see `weights`), with a preprocessing of its own `PREPROCESSING`
-(see `preprocessing`).
+A backbone is one module, ours or anyone's, with
+
+* `build(config.model, channels, dtype)` → (backbone, decoder): Flax modules from an image to a map
+  or maps, and from those to one map of so many channels;
+* `GROUPS`: the names of their two groups of parameters, in that order, each with its rule of weight
+  decay: a parameter's path, from its group on → whether it decays;
+* if foreign weights are known of it, `port` and `ORIGINS` (`weights`);
+* if it wants one of its own, `PREPROCESSING` (`preprocessing`).
 """
 
 import types
@@ -13,25 +15,21 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax.numpy as jnp
-import ml_collections
+from ml_collections import ConfigDict
 
 from protoseg_jax import extensions
 from protoseg_jax.errors import UserError
 from protoseg_jax.models.protoseg import ACTIVATIONS, BlackBox, ProtoSeg
 from protoseg_jax.models.prototypes import SIMILARITIES
 
-Path = tuple[str, ...]
-
 
 def build(
-    config: ml_collections.ConfigDict, num_classes: int, num_prototypes: int, dtype: jnp.dtype
+    config: ConfigDict, num_classes: int, num_prototypes: int, dtype: jnp.dtype
 ) -> ProtoSeg | BlackBox:
-    """A model by its config (`config.model` of a run).
+    """A model by `config.model` of a run.
 
     Args:
-      config: backbone and its own keys, head ("prototypes", or "linear": the black-box twin),
-        features (D), msc (the scales of MSC's smaller copies), and, for comparisons, activation and
-        similarity (see `ProtoSeg`).
+      config: backbone and its own keys, head, features, msc, activation and similarity.
       num_classes: C.
       num_prototypes: M, in all; not used by head "linear".
       dtype: of the backbone's and the decoder's computation. Parameters, features, distances and
@@ -55,21 +53,13 @@ def build(
     return ProtoSeg(backbone, decoder, scales, num_prototypes, num_classes, activation, similarity)
 
 
-def network(config: ml_collections.ConfigDict) -> types.ModuleType:
-    """The module of a config's backbone.
-
-    Raises:
-      UserError: there is none, or it is not one.
-    """
+def network(config: ConfigDict) -> types.ModuleType:
+    """The module of a config's backbone; a UserError if there is none."""
     return extensions.find("model.backbone", config.backbone, "models", needs=("build", "GROUPS"))
 
 
-def groups(config: ml_collections.ConfigDict) -> tuple[str, str]:
-    """The groups of parameters of a config's backbone and of what follows it.
-
-    Raises:
-      UserError: as `network`.
-    """
+def groups(config: ConfigDict) -> tuple[str, str]:
+    """The groups of parameters of a config's backbone and of what follows it."""
     names = tuple(network(config).GROUPS)
     if len(names) != 2:
         raise UserError(
@@ -79,9 +69,8 @@ def groups(config: ml_collections.ConfigDict) -> tuple[str, str]:
     return names
 
 
-def decay(config: ml_collections.ConfigDict) -> dict[str, Callable[[Path], bool]]:
-    """The rule of weight decay of every group of parameters, by the path of each; a model has no
-    other groups. None on prototypes, none on w_h (METHOD)."""
+def decay(config: ConfigDict) -> dict[str, Callable[[tuple[str, ...]], bool]]:
+    """The rule of weight decay of every group of parameters; none on prototypes and w_h."""
     never = dict.fromkeys(("prototypes", "head"), lambda path: False)
     return {**network(config).GROUPS, **never}
 

@@ -8,9 +8,9 @@ trained from scratch use ImageNet's, or mean and deviation of their own training
 import dataclasses
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
 
 from protoseg_jax import models
 from protoseg_jax.errors import UserError
@@ -41,17 +41,14 @@ KNOWN = {
     "imagenet": Preprocessing(
         mean=(0.485 * 255, 0.456 * 255, 0.406 * 255), std=(0.229 * 255, 0.224 * 255, 0.225 * 255)
     ),
-    "caffe": Preprocessing(
-        mean=(104.008, 116.669, 122.675), std=(1.0, 1.0, 1.0), channels=(2, 1, 0)
-    ),
+    "caffe": Preprocessing((104.008, 116.669, 122.675), std=(1.0, 1.0, 1.0), channels=(2, 1, 0)),
 }
 
 
-def from_config(config: ml_collections.ConfigDict) -> Preprocessing:
-    """Preprocessing by the name `config.preprocessing` (of a run's `config.model`).
-
-    A backbone's module may add its own, `PREPROCESSING`. "data" stands for the run's own `mean` and
-    `std`, RGB in 0–255, which are measured when a run starts, and written to its config.
+def from_config(config: ConfigDict) -> Preprocessing:
+    """Preprocessing by name (`config.model` of a run): of `KNOWN`, of the backbone's own
+    `PREPROCESSING`, or "data": the run's `mean` and `std`, RGB in 0–255, which are measured when a
+    run starts, and written to its config.
 
     Raises:
       UserError: unknown name.

@@ -19,10 +19,10 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from protoseg_jax import models
 from protoseg_jax.errors import UserError
@@ -34,29 +34,19 @@ GROUPS = {"backbone": is_kernel, "aspp": lambda path: True}
 
 BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
-# Stride and dilation of torchvision's layer1 … layer4 (the paper's stages 2 … 5), by output stride.
+# (Stride, dilation) of torchvision's layer1 … layer4 (the paper's stages 2 … 5), by output stride.
 # DeepLab dilates every block of stages 4 and 5, the first one included.
-STRIDES = {8: (1, 2, 1, 1), 4: (1, 1, 1, 1)}
-DILATIONS = {8: (1, 1, 2, 4), 4: (1, 2, 4, 8)}
+STAGES = {8: ((1, 1), (2, 1), (1, 2), (1, 4)), 4: ((1, 1), (1, 2), (1, 4), (1, 8))}
 
 
-def build(
-    config: ml_collections.ConfigDict, channels: int, dtype: jnp.dtype
-) -> tuple["ResNet", ASPP]:
+def build(config: ConfigDict, channels: int, dtype: jnp.dtype) -> tuple[nn.Module, nn.Module]:
     """DeepLabv2 by depth, width, norm, stride_in, output_stride, aspp_rates and remat."""
     models.require("depth", config.depth, BLOCKS)
     models.require("norm", config.norm, NORMS)
     models.require("stride_in", config.stride_in, ("3x3", "1x1"))
-    models.require("output_stride", config.output_stride, STRIDES)
-    backbone = ResNet(
-        depth=config.depth,
-        width=config.width,
-        norm=config.norm,
-        stride_in=config.stride_in,
-        output_stride=config.output_stride,
-        remat=config.remat,
-        dtype=dtype,
-    )
+    models.require("output_stride", config.output_stride, STAGES)
+    keys = ("depth", "width", "norm", "stride_in", "output_stride", "remat")
+    backbone = ResNet(**{key: config[key] for key in keys}, dtype=dtype)
     return backbone, ASPP(channels, tuple(config.aspp_rates), dtype)
 
 
@@ -83,7 +73,6 @@ class Bottleneck(nn.Module):
 
     Attributes:
       channels: of the two inner convolutions.
-      stride: of the block.
       dilation: of the 3×3 convolution.
       project: whether the shortcut is a 1×1 convolution (a stage's first block).
       stride_in: which convolution strides, "3x3" (torchvision) or "1x1" (Caffe).
@@ -136,27 +125,15 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-        make_block = nn.remat(Bottleneck) if self.remat else Bottleneck
+        make = nn.remat(Bottleneck) if self.remat else Bottleneck
         x = Conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(images)
         x = max_pool(nn.relu(NORMS[self.norm](dtype=self.dtype, name="norm1")(x)))
-        stages = zip(
-            BLOCKS[self.depth],
-            STRIDES[self.output_stride],
-            DILATIONS[self.output_stride],
-            strict=True,
-        )
-        for stage, (blocks, stride, dilation) in enumerate(stages):
-            for block in range(blocks):
-                x = make_block(
-                    channels=self.width * 2**stage,
-                    stride=stride if block == 0 else 1,
-                    dilation=dilation,
-                    project=block == 0,
-                    stride_in=self.stride_in,
-                    norm=self.norm,
-                    dtype=self.dtype,
-                    name=f"layer{stage + 1}_{block}",
-                )(x)
+        settings = {"stride_in": self.stride_in, "norm": self.norm, "dtype": self.dtype}
+        for stage, (stride, dilation) in enumerate(STAGES[self.output_stride]):
+            for block in range(BLOCKS[self.depth][stage]):
+                first, name = block == 0, f"layer{stage + 1}_{block}"
+                place = self.width * 2**stage, stride if first else 1, dilation, first
+                x = make(*place, **settings, name=name)(x)
         return x
 
 
@@ -190,11 +167,7 @@ _DEEPLAB = {
 
 
 def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
-    """A state dict of any known origin in our names.
-
-    Args:
-      tensors: arrays by name, as PyTorch lays them out.
-      where: the file's name, for messages.
+    """A state dict (arrays as PyTorch lays them out) of file `where` in our names.
 
     Raises:
       UserError: the names are of no known origin, or tensors are missing, unexpected or of
@@ -204,9 +177,9 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
         bare = {n.removeprefix(prefix): t for n, t in tensors.items()}
         if len(bare) < len(tensors):
             twice = next(n for n in tensors if n.startswith(prefix) and n[len(prefix) :] in tensors)
+            both = f"both {twice} and {twice.removeprefix(prefix)}"
             raise UserError(
-                f"weights {where} hold both {twice} and {twice[len(prefix) :]}; leave one of the "
-                "two networks in the file"
+                f"weights {where} hold {both}; leave one of the two networks in the file"
             )
         tensors = bare
     if "layer1.0.conv1.weight" in tensors:

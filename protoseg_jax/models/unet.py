@@ -8,9 +8,9 @@ synchronised across devices.
 """
 
 import jax.numpy as jnp
-import ml_collections
 from flax import linen as nn
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from protoseg_jax import models
 from protoseg_jax.models.layers import Conv, GroupNorm, is_kernel
@@ -18,16 +18,12 @@ from protoseg_jax.models.layers import Conv, GroupNorm, is_kernel
 GROUPS = {"backbone": is_kernel, "decoder": is_kernel}
 
 
-def build(
-    config: ml_collections.ConfigDict, channels: int, dtype: jnp.dtype
-) -> tuple["Encoder", "Decoder"]:
+def build(config: ConfigDict, channels: int, dtype: jnp.dtype) -> tuple[nn.Module, nn.Module]:
     """U-Net by depth, width, output_stride (1: the map is as large as the image) and remat."""
     models.require("depth", config.depth, range(1, 7))
     models.require("output_stride", config.output_stride, [2**n for n in range(config.depth + 1)])
-    return (
-        Encoder(config.depth, config.width, config.remat, dtype),
-        Decoder(channels, config.output_stride, config.remat, dtype),
-    )
+    encoder = Encoder(config.depth, config.width, config.remat, dtype)
+    return encoder, Decoder(channels, config.output_stride, config.remat, dtype)
 
 
 class DoubleConv(nn.Module):
@@ -53,13 +49,13 @@ class Encoder(nn.Module):
       depth: how often it halves; 4 in the original.
       width: channels at full size; 64 in the original.
       remat: whether a level's inner maps are computed again in the backward pass, not kept.
-      dtype: dtype of the computation and the result.
+      dtype: of the computation and the result.
     """
 
-    depth: int = 4
-    width: int = 64
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    depth: int
+    width: int
+    remat: bool
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], ...]:
@@ -81,13 +77,13 @@ class Decoder(nn.Module):
       channels: of the result: D, or C in the black box.
       stride: of the result, 1 in the original; the levels above it are left out.
       remat: as in `Encoder`.
-      dtype: dtype of the computation; the result is float32.
+      dtype: of the computation; the result is float32.
     """
 
     channels: int
-    stride: int = 1
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    stride: int
+    remat: bool
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, maps: tuple[Float[Array, "b h w c"], ...]) -> Float[Array, "b h w o"]:
@@ -101,10 +97,7 @@ class Decoder(nn.Module):
             # What halving rounded up is cut off again.
             x = jnp.concatenate([skip, x[:, : skip.shape[1], : skip.shape[2]]], -1)
             x = level_of(skip.shape[-1], self.dtype, name=f"up{level}")(x)
-        x = nn.Dense(
-            self.channels, dtype=self.dtype, kernel_init=nn.initializers.lecun_normal(), name="out"
-        )(x)
-        return x.astype(jnp.float32)
+        return nn.Dense(self.channels, dtype=self.dtype, name="out")(x).astype(jnp.float32)
 
 
 class UpConv(nn.Module):

@@ -65,11 +65,7 @@ class Ported:
 
 
 def load(path: str | Path, network: types.ModuleType) -> Ported:
-    """Weights from a `.pth`, `.pt`, `.safetensors` or `.npz` file.
-
-    Args:
-      path: the file.
-      network: the module of the backbone that they are for.
+    """Weights from a file for a backbone, which is given by its module.
 
     Raises:
       UserError: the file is missing, is no weights file, or its tensors are not those of a known
@@ -87,9 +83,18 @@ def load(path: str | Path, network: types.ModuleType) -> Ported:
             f"weights {path} are of another network: none are known for model.backbone "
             f"{network.__name__.rpartition('.')[2]!r}; leave pretrained.path out"
         )
-    if path.suffix == ".npz":
-        return _read_npz(path, network)
-    return network.port(READERS[path.suffix](path), path)
+    try:
+        found = READERS[path.suffix](path)
+        if isinstance(found, Ported) and found.origin not in network.ORIGINS:
+            raise ValueError(f"its origin {found.origin!r} is unknown")
+    except _UNREADABLE as error:
+        what = "cannot be read", "it is cut short or of another kind than its name says: fetch it"
+        if path.suffix == ".npz":
+            what = "is not one that `protoseg port` wrote", "make it with that"
+        raise UserError(
+            f"weights file {path} {what[0]} ({reason(error)}); {what[1]} again"
+        ) from error
+    return found if isinstance(found, Ported) else network.port(found, path)
 
 
 def save(ported: Ported, path: str | Path) -> None:
@@ -110,21 +115,13 @@ def save(ported: Ported, path: str | Path) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another") from error
 
 
-def _read_npz(path: Path, network: types.ModuleType) -> Ported:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        origin, depth = str(arrays.pop("origin")), int(arrays.pop("depth"))
-        classes = arrays.pop("prototype_classes", None)
-        trees = traverse_util.unflatten_dict(arrays, sep="/")
-        if origin not in network.ORIGINS:
-            raise ValueError(f"its origin {origin!r} is unknown")
-        return Ported(origin, depth, trees["params"], trees["frozen"], classes)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"weights file {path} is not one that `protoseg port` wrote ({reason(error)}); make it "
-            "again with that"
-        ) from error
+def _read_npz(path: Path) -> Ported:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    origin, depth = str(arrays.pop("origin")), int(arrays.pop("depth"))
+    classes = arrays.pop("prototype_classes", None)
+    trees = traverse_util.unflatten_dict(arrays, sep="/")
+    return Ported(origin, depth, trees["params"], trees["frozen"], classes)
 
 
 def _read_torch(path: Path) -> Tensors:
@@ -139,13 +136,11 @@ def _read_torch(path: Path) -> Tensors:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(path) and not path.read_bytes()[:1] == b"\x80":
-            raise _damaged(path, error) from error  # a download's error page, say
+            raise  # a download's error page, say
         raise UserError(
             f"weights file {path} holds more than tensors (a whole module?), which would have to "
             "be executed; where its code is, save torch.save(model.state_dict(), 'weights.pth')"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -157,50 +152,40 @@ def _read_torch(path: Path) -> Tensors:
     return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
-def _read_safetensors(path: Path) -> Tensors:
-    try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
-
-
 # By a file's suffix: what reads it.
-READERS: dict[str, Callable] = {
+READERS: dict[str, Callable[[Path], Tensors | Ported]] = {
     ".npz": _read_npz,
-    ".safetensors": _read_safetensors,
+    ".safetensors": safetensors.numpy.load_file,
     ".pth": _read_torch,
     ".pt": _read_torch,
 }
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"weights file {path} cannot be read ({reason(error)}); it is cut short or of another "
-        "kind than its name says: fetch it again"
-    )
+# What they raise of a file that is cut short or of another kind.
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError),
+    *(zipfile.BadZipFile, pickle.UnpicklingError, safetensors.SafetensorError),
+)
 
 
 class Account:
     """A state dict of which every tensor is taken, ignored, or complained of."""
 
     def __init__(self, tensors: Tensors):
-        self.tensors = tensors
-        self.missing: list[str] = []
-        self.misshaped: list[str] = []
-        self.used: set[str] = set()
+        self.tensors, self.used = tensors, set()
+        self.wrong: dict[str, list[str]] = {"missing": [], "of another shape": []}
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor as float32; −1 in `shape` is any size; zeros in place of what is wrong."""
         empty = np.zeros([max(n, 1) for n in shape], np.float32)
         if name not in self.tensors:
-            self.missing.append(name)
+            self.wrong["missing"].append(name)
             return empty
         self.used.add(name)
         tensor = np.asarray(self.tensors[name], np.float32)
         fits = len(tensor.shape) == len(shape)
         if not fits or any(n not in (-1, m) for n, m in zip(shape, tensor.shape, strict=True)):
             wanted = "×".join("…" if n < 0 else str(n) for n in shape)
-            self.misshaped.append(f"{name} ({'×'.join(map(str, tensor.shape))}, not {wanted})")
+            shown = f"{name} ({'×'.join(map(str, tensor.shape))}, not {wanted})"
+            self.wrong["of another shape"].append(shown)
             return empty
         return tensor
 
@@ -216,34 +201,22 @@ class Account:
         )
         # In float64, so that folding costs no digits.
         scale = gamma / np.sqrt(variance.astype(np.float64) + BATCH_NORM_EPSILON)
-        return {
-            "scale": scale.astype(np.float32),
-            "bias": (beta - mean * scale).astype(np.float32),
-        }
+        bias = beta - mean * scale
+        return {"scale": scale.astype(np.float32), "bias": bias.astype(np.float32)}
 
     def settle(self, where: Any, kind: str, ignored: str) -> None:
-        """Complain of what does not fit a `kind` of network, in one line.
-
-        Args:
-          where: the file's name.
-          kind: names the network.
-          ignored: pattern of names that need not be taken, besides BatchNorms' counters.
+        """Complain in one line of what in file `where` does not fit a `kind` of network; names of
+        the pattern `ignored` and BatchNorms' counters need not have been taken.
 
         Raises:
           UserError: something does not fit.
         """
         known = re.compile(rf".*\.num_batches_tracked|{ignored}")
-        wrong = {
-            "missing": self.missing,
-            "of another shape": self.misshaped,
-            "not expected": [
-                n for n in self.tensors if n not in self.used and not known.fullmatch(n)
-            ],
-            "not finite": [n for n in self.used if not np.isfinite(self.tensors[n]).all()],
-        }
+        left = [n for n in self.tensors if n not in self.used and not known.fullmatch(n)]
+        infinite = [n for n in self.used if not np.isfinite(self.tensors[n]).all()]
         parts = [
             f"{len(names)} {what}: {', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)}"
-            for what, names in wrong.items()
+            for what, names in {**self.wrong, "not expected": left, "not finite": infinite}.items()
             if names
         ]
         if parts:
@@ -254,14 +227,10 @@ class Account:
 
 
 def prototype_classes(w_h: Float[np.ndarray, "m c"], where: Any) -> Int[np.ndarray, " m"]:
-    """c(j) of a trained last layer, which the authors' state dict does not hold.
+    """c(j) of a trained last layer of file `where`; the authors' state dict does not hold it.
 
     Blocks of M / C where that is a whole number and no prototype's weights clearly say otherwise;
     else (a pruned model) each prototype's largest weight.
-
-    Args:
-      w_h: the last layer.
-      where: the file's name, for messages.
 
     Raises:
       UserError: a prototype's class is not clear.

@@ -160,7 +160,7 @@ def test_classes_of_whole_and_pruned_models():
 
 
 def command(*arguments):
-    line = [sys.executable, "-m", "protoseg_jax.cli.port", *map(str, arguments)]
+    line = [sys.executable, "-m", "protoseg_jax", "port", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True)
 
 
