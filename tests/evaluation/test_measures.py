@@ -83,13 +83,16 @@ def test_nothing_needed_where_nothing_speaks_for_the_winner():
     assert needed.tolist() == [0]
 
 
+by_margin, survivors = jax.jit(faithfulness.by_margin), jax.jit(faithfulness.survivors)
+
+
 @settings(max_examples=20, deadline=None)
 @given(SEEDS)
 def test_survivors_and_their_orders(seed):
     similarities, logits, kernel, _ = example(seed)
     similarities, logits = (x.reshape(-1, x.shape[-1]) for x in (similarities, logits))
-    order = np.asarray(faithfulness.by_margin(similarities, kernel))
-    got = np.asarray(faithfulness.survivors(similarities, kernel, order))
+    order = np.asarray(by_margin(similarities, kernel))
+    got = np.asarray(survivors(similarities, kernel, order))
     assert got.shape == (len(similarities), M + 1)
     for point, values in enumerate(similarities):
         first, second = np.argsort(-logits[point])[:2]
