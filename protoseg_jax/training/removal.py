@@ -52,7 +52,7 @@ def remove(workdir: str, ids: Sequence[str], to: str, *, force: bool) -> None:
         raise UserError(f"{to} is not empty; name a new folder with --to")
     live = Live(Experiment(config, labels=origin.experiment.labels), folder)
     live.experiment.pool.check_batch(config.batch_size, config.accumulate)
-    before = evaluate(origin.experiment, origin.checkpoint, "validation", with_overlap=False)
+    before = evaluate(origin.experiment, origin.checkpoint, "validation", overlap=False)
     try:
         with live.interrupts:
             folder.start(config)
@@ -64,7 +64,7 @@ def remove(workdir: str, ids: Sequence[str], to: str, *, force: bool) -> None:
                 write_json(record, said)
             runs.go(live)
             final = folder.checkpoints.restore(live.experiment.phases[-1].name)
-            after = evaluate(live.experiment, final, "validation", with_overlap=False)
+            after = evaluate(live.experiment, final, "validation", overlap=False)
     finally:
         folder.checkpoints.finish_writing()
         folder.release()

@@ -149,7 +149,7 @@ def run_phase(live: Live, phase: Phase, start: Checkpoint) -> Checkpoint:
     first_batch = sum(p.steps for p in before if p.kind == "train")
 
     def validate(checkpoint: Checkpoint) -> float | None:
-        return evaluate(live.experiment, checkpoint, "validation", with_overlap=False)["miou"]
+        return evaluate(live.experiment, checkpoint, "validation", overlap=False)["miou"]
 
     return loop.run(live, phase, start, first_batch, validate)
 
