@@ -60,8 +60,10 @@ class BlackBox(nn.Module):
         if not self.scales:
             return [whole]
         (height, width), size = images.shape[1:3], whole.shape[1:3]
-        smaller = [resize(images, (int(height * s), int(width * s)), (s, s)) for s in self.scales]
-        copies = [self.decoder(self.backbone(x)) for x in smaller]
+        copies = []
+        for s in self.scales:
+            smaller = resize(images, (int(height * s), int(width * s)), (s, s))
+            copies.append(self.decoder(self.backbone(smaller)))
         same = [resize(m, size, (size[0] / m.shape[1], size[1] / m.shape[2])) for m in copies]
         return [whole, *copies, functools.reduce(jnp.maximum, same, whole)]
 
