@@ -91,9 +91,15 @@ CLASSES = np.array([0, 2, 1, 1, 0, 3, 2, 2, 2, 4, 4])
 NUM_CLASSES = 5
 B, H, W, M = 3, 6, 5, len(CLASSES)
 
-diversity = jax.jit(
-    functools.partial(dj.diversity, prototype_classes=CLASSES, num_classes=NUM_CLASSES)
-)
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _diversity(distances, labels, prototype_classes, num_classes):
+    return dj.diversity(distances, labels, np.array(prototype_classes), num_classes)
+
+
+def diversity(distances, labels, prototype_classes=CLASSES, num_classes=NUM_CLASSES):
+    """Compiled once for each set of classes."""
+    return _diversity(distances, labels, tuple(np.asarray(prototype_classes).tolist()), num_classes)
 
 
 @jax.jit
@@ -123,7 +129,7 @@ def test_diversity_is_eqs_2_to_5(spread):
 def test_diversity_of_disjoint_distributions_is_0():
     distances = np.zeros((1, 1, 2, 2), np.float32)
     distances[0, 0, 0, 0] = distances[0, 0, 1, 1] = 500.0
-    value = dj.diversity(distances, np.zeros((1, 1, 2), int), np.array([0, 0]), 1)
+    value = diversity(distances, np.zeros((1, 1, 2), int), [0, 0], 1)
     assert float(value[0, 0]) == 0.0
 
 
@@ -179,7 +185,7 @@ def test_orders_do_not_matter(seed):
 def test_prototypes_may_come_in_any_order():
     distances, labels = example(3, 5.0)
     order = np.random.default_rng(0).permutation(M)
-    moved = dj.diversity(distances[..., order], labels, CLASSES[order], NUM_CLASSES)
+    moved = diversity(distances[..., order], labels, CLASSES[order])
     np.testing.assert_allclose(moved, diversity(distances, labels), atol=1e-6)
 
 
@@ -255,7 +261,7 @@ def test_nearly_alike_prototypes_are_still_pushed_apart():
     distances = rng.uniform(0, 20, (1, 6, 5, 1)) + 1e-3 * rng.uniform(size=(1, 6, 5, 4))
     distances = distances.astype(np.float32)
     labels, classes = np.zeros((1, 6, 5), np.int32), np.zeros(4, int)
-    gradient = jax.grad(lambda d: dj.diversity(d, labels, classes, 1).sum())(distances)
+    gradient = jax.jit(jax.grad(lambda d: diversity(d, labels, classes, 1).sum()))(distances)
     expected = np.zeros(distances.shape)
     for index in np.ndindex(distances.shape):
         step = np.zeros(distances.shape)
@@ -372,9 +378,11 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     )
 
     split = [x.reshape(4, B, *x.shape[1:]) for x in (*arrays, labels)]
-    mapped = jax.vmap(gradient, (0, 0, 0, None, None))
-    _, scanned = jax.lax.scan(lambda _, x: (None, gradient(*x, points, pairs)), None, split)
-    for values, part_grads in (mapped(*split, points, pairs), scanned):
+    mapped = jax.jit(jax.vmap(gradient, (0, 0, 0, None, None)))
+    scan = jax.jit(
+        lambda s: jax.lax.scan(lambda _, x: (None, gradient(*x, points, pairs)), None, s)
+    )
+    for values, part_grads in (mapped(*split, points, pairs), scan(split)[1]):
         np.testing.assert_allclose(values.sum(), value, rtol=1e-5)
         for part, whole in zip(part_grads, grads, strict=True):
             np.testing.assert_allclose(part.reshape(whole.shape), whole, atol=1e-7, rtol=1e-5)
