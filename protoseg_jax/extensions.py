@@ -22,7 +22,7 @@ def find(kind: str, name: str | None, package: str, needs: Sequence[str]) -> typ
       needs: names that the module must define.
 
     Raises:
-      UserError: none is named, there is no such module, it does not import, or it lacks one of `needs`.
+      UserError: none is named, there is no such module, it does not import, or it lacks a need.
     """
     name = name or ""
     full = name if "." in name else f"protoseg_jax.{package}.{name}"

@@ -1,6 +1,6 @@
 """Every bad input of a run, and the line it prints.
 
-    python tests/bad_inputs.py [--out=FILE.md]
+    python -m tests.bad_inputs [--out=FILE.md]
 
 Each case is a program started as a user would start it; it must end with exit code 2, one line on
 stderr and nothing half written, or this program fails.
@@ -22,13 +22,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / x) for x in ("tests", "tests/data", "benchmarks")]
+from benchmarks import machine
+from tests import kill
+from tests.data import sections
+from tests.small import make_data
 
-import kill  # noqa: E402
-import machine  # noqa: E402
-import sections  # noqa: E402
-from discs import make_data  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 Spoil = Callable[[pathlib.Path], object]
 
@@ -114,7 +113,22 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
     "an unknown backbone": (
         lambda d: None,
         ["--config.model.backbone=vgg"],
-        "vgg",
+        "model.backbone='vgg' is unknown",
+    ),
+    "a dotted path that does not import": (
+        lambda d: None,
+        ["--config.data.name=nowhere.mine"],
+        "data.name='nowhere.mine' is unknown",
+    ),
+    "a dotted path without what is asked of it": (
+        lambda d: None,
+        ["--config.model.backbone=json.tool"],
+        "has no 'build'; define it there",
+    ),
+    "a loss term that does not exist": (
+        lambda d: None,
+        ["--config.loss.terms=('cross_entropy','focal')"],
+        "loss.terms='focal' is unknown; choose one of cross_entropy, diversity, l1",
     ),
 }
 
@@ -270,6 +284,8 @@ def run_cases(scratch: pathlib.Path) -> dict[str, tuple[int, str, str]]:
     found["a workdir that belongs to another config"] = (*run(other, scratch), "loss.diversity")
     (scratch / "work").rename(scratch / "moved")
     found["eval.py: a folder that is no run"] = (*evaluate(scratch), "holds no run")
+    verb = run([sys.executable, "-m", "protoseg_jax", "trian"], scratch)
+    found["a verb that does not exist"] = (*verb, "'trian' is no verb")
     return found
 
 
@@ -325,7 +341,7 @@ def main() -> None:
             add("a full disk", *full_disk_case(pathlib.Path(folder)), "the disk is full", folder)
     else:
         rows.append("| a full disk | not run: no file system can be mounted here |")
-    head = ["# Bad input", "", "`python tests/bad_inputs.py`; each line ends with exit code 2.", ""]
+    head = ["# Bad input", "", "`python -m tests.bad_inputs`; each line ends with exit code 2.", ""]
     machine.report([*head, "| input | line |", "| --- | --- |", *rows], arguments.out)
     sys.exit(bool(wrong))
 

@@ -19,15 +19,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="protoseg_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Nearly all the time of a test is XLA's. With 0 they run what users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.fixture(scope="session")
 def shared_run(tmp_path_factory, worker_id):
     """The folder of a `small` run through every phase, made by whichever worker is first."""
-    import small
-
     from protoseg_jax.files import hold
     from protoseg_jax.training import run as runs
+    from tests import small
 
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "shared"
@@ -45,10 +46,9 @@ def shared_run(tmp_path_factory, worker_id):
 @pytest.fixture(scope="module")
 def finished(shared_run, tmp_path_factory):
     """A finished run with its config, data and folder, on one device, for a module's tests."""
-    import small
-
     from protoseg_jax.run.live import Live
     from protoseg_jax.run.workdir import Workdir
+    from tests import small
 
     folder = tmp_path_factory.mktemp("finished") / "work"
     shutil.copytree(shared_run / "work", folder)

@@ -1,6 +1,6 @@
 """Kill runs at random moments, start them again, and compare with an undisturbed one.
 
-    python tests/kill.py [--runs=50] [--signal=KILL] [--seed=0] [--out=FILE.md]
+    python -m tests.kill [--runs=50] [--signal=KILL] [--seed=0] [--out=FILE.md]
 
 Each run is `train.py` on a small folder data set through every phase, killed up to three times,
 each time at a random moment of what an undisturbed run takes, then left to finish. Its parameters
@@ -19,11 +19,11 @@ import sys
 import tempfile
 import time
 
-import machine
 import numpy as np
-from small import make_data
 
+from benchmarks import machine
 from protoseg_jax.run.workdir import Workdir
+from tests.small import make_data
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -172,7 +172,7 @@ def main() -> None:
         [
             "# Runs killed at random moments",
             "",
-            f"`python tests/kill.py --runs={arguments.runs} --signal={arguments.signal} "
+            f"`python -m tests.kill --runs={arguments.runs} --signal={arguments.signal} "
             f"--seed={arguments.seed}`, {machine.describe()}",
             "",
             f"{arguments.runs - unequal} of {arguments.runs} runs ended bit-identical to the "

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from opened import load as load_named
 from PIL import Image
-from sections import BAD, make_folders, make_stacks, write_stack
 
 from protoseg_jax.data.labels import VOID
 from protoseg_jax.data.source import statistics
 from protoseg_jax.errors import UserError
+from tests.data.opened import load as load_named
+from tests.data.sections import BAD, make_folders, make_stacks, write_stack
 
 
 def load(root, seed=0):

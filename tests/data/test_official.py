@@ -6,12 +6,12 @@ import zipfile
 
 import numpy as np
 import pytest
-from official import make_cityscapes, make_voc, zip_cityscapes
-from opened import everything, load, make_folder
 from PIL import Image
 
 from protoseg_jax.data.sets import cityscapes, voc
 from protoseg_jax.errors import UserError
+from tests.data.official import make_cityscapes, make_voc, zip_cityscapes
+from tests.data.opened import everything, load, make_folder
 
 
 def ids(data, split):

@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
-from opened import config_of
 
 from protoseg_jax.data import pipeline, prepare
 from protoseg_jax.data.augment import Augment
 from protoseg_jax.data.labels import VOID
 from protoseg_jax.data.sets import parts
+from tests.data.opened import config_of
 
 AUGMENT = Augment((40, 56), (0.5, 1.5), (124, 116, 104))
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from opened import SIZES, config_of, everything, make_folder
-from opened import load as load_named
 from PIL import Image
 
 from protoseg_jax.data import prepare
 from protoseg_jax.data.labels import VOID
 from protoseg_jax.data.sets import parts as parts_set
 from protoseg_jax.errors import UserError
+from tests.data.opened import SIZES, config_of, everything, make_folder
+from tests.data.opened import load as load_named
 
 
 def load(root, tmp_path, **options):

@@ -3,12 +3,12 @@
 import dataclasses
 
 import pytest
-from small import begin, make_config, make_data
 
 from protoseg_jax.explain.model import Model
 from protoseg_jax.files import write_json
 from protoseg_jax.prototypes import pictures, project
 from protoseg_jax.training import start as starts
+from tests.small import begin, make_config, make_data
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import weights
 from torch.nn import functional as F
-from torch_counterpart import TorchProtoSeg, nchw, nhwc, total_loss
 
 from protoseg_jax import config as configs
 from protoseg_jax import losses, models
@@ -24,6 +22,8 @@ from protoseg_jax.models import weights as ported_weights
 from protoseg_jax.models.preprocessing import Preprocessing
 from protoseg_jax.run.phases import Phase
 from protoseg_jax.training import step as steps
+from tests.models import weights
+from tests.models.torch_counterpart import TorchProtoSeg, nchw, nhwc, total_loss
 
 C, K, D = 4, 3, 16
 CLASSES = np.arange(C).repeat(K)

@@ -1,5 +1,6 @@
 """The whole network against a PyTorch counterpart, written here from the method."""
 
+import importlib
 import importlib.util
 
 import jax
@@ -14,8 +15,9 @@ torch = pytest.importorskip("torch")
 F = torch.nn.functional
 pytestmark = pytest.mark.parity
 
-import parity_cases as cases  # noqa: E402
-from torch_counterpart import nchw, nhwc, torch_aspp  # noqa: E402
+cases = importlib.import_module("tests.models.parity_cases")  # which imports PyTorch
+counterpart = importlib.import_module("tests.models.torch_counterpart")
+nchw, nhwc, torch_aspp = counterpart.nchw, counterpart.nhwc, counterpart.torch_aspp
 
 
 def oihw(kernel):

@@ -99,7 +99,8 @@ def test_beside_pytorch(size, stride):
     """Outputs and input gradients of a U-Net written in PyTorch, made-up weights."""
     torch = pytest.importorskip("torch")
     from torch.nn import functional as F
-    from torch_counterpart import nchw, nhwc
+
+    from tests.models.torch_counterpart import nchw, nhwc
 
     rng = np.random.default_rng(0)
     model = models.build(make_config(output_stride=stride), 2, 6, jnp.float32)

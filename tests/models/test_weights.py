@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import weights
 
 from protoseg_jax.errors import UserError
 from protoseg_jax.models import resnet, unet
 from protoseg_jax.models import weights as files
+from tests.models import weights
 
 CLASSES = np.arange(4).repeat(3)
 

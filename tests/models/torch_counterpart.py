@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
-import weights
 from torch.nn import functional as F
+
+from tests.models import weights
 
 
 def nchw(x):

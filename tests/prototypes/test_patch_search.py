@@ -7,15 +7,15 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from protoseg_jax.data.label_sets import VOID
 from protoseg_jax.data.preprocessing import Preprocessing
+from protoseg_jax.prototypes.projection import project
+from protoseg_jax.prototypes.pruning import prune
+
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.inference import Inference, shrink_labels
 from protoseg_jax.models.protoseg import Output
 from protoseg_jax.prototypes import patch_search
-from protoseg_jax.prototypes.projection import project
-from protoseg_jax.prototypes.pruning import prune
 
 D = 3
 

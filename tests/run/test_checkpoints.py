@@ -7,12 +7,12 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from small import PHASES, begin, same_arrays
 
 from protoseg_jax.errors import UserError, full_disk
 from protoseg_jax.evaluation.score import score_run
 from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
+from tests.small import PHASES, begin, same_arrays
 
 
 def damage(folder, how):

@@ -2,22 +2,19 @@
 
 The first process writes them to an .npz.
 
-JAX_COORDINATOR_ADDRESS=… JAX_NUM_PROCESSES=… JAX_PROCESS_ID=… python process_worker.py OUT
+JAX_COORDINATOR_ADDRESS=… … python -m tests.training.process_worker OUT
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-
-from protoseg_jax import devices  # noqa: E402
+from protoseg_jax import devices
 
 if __name__ == "__main__":
     devices.start_processes()
-    import test_step
+    from tests.training import test_step
 
     pool = devices.DevicePool()
     part = {k: v[pool.process :: pool.processes] for k, v in test_step.make_batch().items()}

@@ -1,7 +1,8 @@
 """Every bad input ends with one line, exit code 2 and nothing half written."""
 
-import bad_inputs
 import pytest
+
+from tests import bad_inputs
 
 pytestmark = pytest.mark.slow
 

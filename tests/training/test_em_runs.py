@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from sections import make_stacks
 
 from protoseg_jax import config as configs
 from protoseg_jax import inference as inferences
@@ -21,6 +20,7 @@ from protoseg_jax.run.finished import Finished
 from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import start as starts
+from tests.data.sections import make_stacks
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +173,8 @@ def test_tiles_larger_than_the_sections(root):
 
 def test_weights_of_a_resnet_are_refused(root, tmp_path):
     import safetensors.numpy
-    import weights
+
+    from tests.models import weights
 
     path = tmp_path / "resnet.safetensors"
     tensors = weights.backbone("torchvision", 50, 8, np.random.default_rng(0))

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import time
 
-import kill
 import pytest
+
+from tests import kill
 
 pytestmark = pytest.mark.slow
 

@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-from official import make_cityscapes, make_voc
 from PIL import Image
-from small import PHASES, make_config
 
 from protoseg_jax.data.sets import cityscapes
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation.score import score_run
 from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
+from tests.data.official import make_cityscapes, make_voc
+from tests.small import PHASES, make_config
 
 pytestmark = pytest.mark.slow
 

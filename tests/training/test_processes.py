@@ -8,14 +8,15 @@ import time
 from pathlib import Path
 
 import jax
-import kill
 import numpy as np
 import pytest
-import test_step
-from small import make_data
+
+from tests import kill
+from tests.small import make_data
+from tests.training import test_step
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(lines, scratch, devices=1):
@@ -32,6 +33,7 @@ def start(lines, scratch, devices=1):
     return [
         subprocess.Popen(
             line,
+            cwd=ROOT,
             env={**common, "JAX_PROCESS_ID": str(n)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -43,7 +45,7 @@ def start(lines, scratch, devices=1):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_two_processes_compute_and_learn_what_one_does(tmp_path, devices):
-    line = [sys.executable, str(HERE / "process_worker.py"), str(tmp_path / "out.npz")]
+    line = [sys.executable, "-m", "tests.training.process_worker", str(tmp_path / "out.npz")]
     for process in start([line, line], tmp_path, devices):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

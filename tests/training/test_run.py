@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from small import PHASES, begin, experiment, same_arrays
 
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.errors import UserError
@@ -21,6 +20,7 @@ from protoseg_jax.run.live import Live
 from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import start as starts
+from tests.small import PHASES, begin, experiment, same_arrays
 
 
 def test_every_phase_is_scored(finished):

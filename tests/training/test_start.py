@@ -5,8 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import safetensors.numpy
-import weights
-from small import PHASES, begin, experiment, same_arrays
 
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation.score import score_run
@@ -17,6 +15,8 @@ from protoseg_jax.run.prototypes import classes_of
 from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import start as starts
+from tests.models import weights
+from tests.small import PHASES, begin, experiment, same_arrays
 
 
 @pytest.fixture(scope="module")
