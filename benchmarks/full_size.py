@@ -145,7 +145,7 @@ class Case:
         """(images a second, bytes at the peak) of evaluation without overlap."""
         context = measures.Context(self.experiment, self.inference, "validation")
         scores = segmentation.make(context)
-        step = measures._make_step(self.inference, None, ((scores.step, scores.summed),))
+        step = measures.make_step(self.inference, None, ((scores.step, scores.summed),))
         arguments = (
             self.pool.replicate(self.variables),
             self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),

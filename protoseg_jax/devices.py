@@ -252,12 +252,12 @@ class DevicePool:
           result is fetched.
         """
         results = [result for _, result in self.outputs(step, variables, batches)]
+        return jax.tree.map(total, *map(self.first, results))
 
-        def add(*parts: np.ndarray) -> np.ndarray:
-            whole = np.issubdtype(parts[0].dtype, np.integer)
-            return np.sum(parts, axis=0, dtype=np.int64 if whole else np.float64)
 
-        return jax.tree.map(add, *map(self.first, results))
+def total(*parts: np.ndarray) -> np.ndarray:
+    """The sum of arrays in 64 bits: integers as int64, floats as float64."""
+    return np.sum(parts, axis=0, dtype=np.result_type(parts[0], np.int64))
 
 
 def stack_metrics(metrics: Sequence[dict[str, jax.Array]]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from protoseg_jax import images as pictures
 from protoseg_jax import models
+from protoseg_jax.errors import UserError
 from protoseg_jax.models import preprocessing
 from protoseg_jax.models.protoseg import Output
 
@@ -103,8 +104,15 @@ class Inference:
 def from_config(
     config: ConfigDict, num_classes: int, prototype_classes: Sequence[int]
 ) -> Inference:
-    """The inference path of a run's config, for prototypes of these classes."""
+    """The inference path of a run's config, for prototypes of these classes.
+
+    Raises:
+      UserError: a setting is none of the known values.
+    """
     classes = tuple(int(c) for c in prototype_classes)
+    if config.compute_dtype not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise UserError(f"compute_dtype={config.compute_dtype!r} is unknown; use one of: {known}")
     model = models.build(config.model, num_classes, len(classes), _DTYPES[config.compute_dtype])
     normal = preprocessing.from_config(config.model)
     return Inference(model, normal, tuple(config.eval_size), classes, num_classes)

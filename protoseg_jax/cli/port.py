@@ -8,10 +8,12 @@ on with projection: a state dict does not say where its prototypes come from. Th
 which network the weights are of, by default a ResNet.
 """
 
+import sys
 from pathlib import Path
 
 from ml_collections import config_flags
 
+from protoseg_jax import program
 from protoseg_jax.errors import UserError
 
 ARGUMENTS = ("SRC", "DST")
@@ -35,6 +37,4 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    from protoseg_jax.cli import verb
-
-    verb("port")
+    program.run(sys.modules["__main__"], sys.argv)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from protoseg_jax import extensions
 from protoseg_jax.data.labels import VOID
-from protoseg_jax.devices import psum
+from protoseg_jax.devices import psum, total
 from protoseg_jax.inference import Inference, shrink_labels
 from protoseg_jax.models.protoseg import Output
 from protoseg_jax.run.experiment import Experiment
@@ -108,18 +108,14 @@ def take(
         for batch in batches
     )
     parts = tuple((m.step, m.summed) for m in measures)
-    step = _make_step(context.inference, context.held_out, parts)
+    step = make_step(context.inference, context.held_out, parts)
     # All batches are on their way before the first result is fetched.
     passed = [found for _, found in pool.outputs(step, variables, batches)]
     result = {}
     for m, found in zip(measures, zip(*passed, strict=True), strict=True):
-        collect, gather = (_total, pool.first) if m.summed else (_joined, pool.all)
+        collect, gather = (total, pool.first) if m.summed else (_joined, pool.all)
         result |= m.finish(jax.tree.map(collect, *map(gather, found)))
     return result
-
-
-def _total(*parts: np.ndarray) -> np.ndarray:
-    return np.sum(parts, axis=0, dtype=np.result_type(parts[0], np.int64))
 
 
 def _joined(*parts: np.ndarray) -> np.ndarray:
@@ -128,7 +124,7 @@ def _joined(*parts: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _make_step(
+def make_step(
     inference: Inference,
     held_out: int | None,
     parts: tuple[tuple[Callable[[Seen], Any], bool], ...],

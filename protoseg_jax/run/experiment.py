@@ -48,6 +48,7 @@ class Experiment:
         self.phases = phases.from_config(config)
         self.black_box = config.model.head == "linear"
         self._labels = labels
+        self._tiled: dict[tuple[str, bool], tiles.Tiled] = {}
 
     @functools.cached_property
     def data(self) -> SegmentationData:
@@ -104,7 +105,6 @@ class Experiment:
         source = self.data.source(split)
         return source if self.held_out is None else Without(source, self.held_out)
 
-    @functools.cache  # noqa: B019 (tiles look at every image's size; a program has one experiment)
     def examples(self, split: str, *, held_out: bool = False) -> Any:
         """What evaluation and search look at, one after another: a split's images, or with
         `eval_overlap` their tiles. `held_out` keeps the labels of a class that is held out."""
@@ -112,7 +112,10 @@ class Experiment:
         overlap = self.config.eval_overlap
         if overlap is None:
             return source
-        return tiles.Tiled(source, tuple(self.config.eval_size), overlap)
+        if (split, held_out) not in self._tiled:  # it looks at every image's size
+            tiled = tiles.Tiled(source, tuple(self.config.eval_size), overlap)
+            self._tiled[split, held_out] = tiled
+        return self._tiled[split, held_out]
 
     @property
     def eval_batch_size(self) -> int:

@@ -139,7 +139,7 @@ def with_weights(experiment: Experiment, ported: weights.Ported, path: str) -> C
         for group, tree in theirs.items():
             if _shapes(ours.get(group, {})) != _shapes(tree):
                 raise UserError(
-                    f"the {group} of weights {path} ({ported.origin} ResNet-{ported.depth}) "
+                    f"the {group} of weights {path} ({ported.origin}, depth {ported.depth}) "
                     f"does not fit model.depth={model.depth}, model.width={model.width}, "
                     f"model.norm={model.norm!r}, model.features={model.features} and "
                     f"{experiment.num_classes} classes; use the config of that network"
@@ -277,7 +277,7 @@ def write_ported(config: ml_collections.ConfigDict, source: str, workdir: str) -
     ported = weights.load(source, network)
     if ported.prototype_classes is None:
         raise UserError(
-            f"{source} is a {ported.origin} ResNet, and only a trained ProtoSeg makes a run's "
+            f"{source} holds {ported.origin} weights, and only a trained ProtoSeg makes a run's "
             "folder; write an .npz and set --config.pretrained.path to it"
         )
     folder = Workdir(workdir)
