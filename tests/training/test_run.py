@@ -72,6 +72,15 @@ def test_prototypes_are_patches_of_their_class_and_fire_fully_there(finished):
     ]
 
 
+def test_a_projected_prototype_remembers_how_far_its_patch_was(finished):
+    before, after = (finished.workdir.checkpoints.restore(n) for n in ("joint", "projection"))
+    learnt, patches = (x.arrays["params"]["prototypes"]["vectors"] for x in (before, after))
+    assert all(p.projected and not q.projected for p in after.prototypes for q in before.prototypes)
+    for prototype, patch in zip(after.prototypes, patches, strict=True):
+        distance = np.square(learnt[prototype.index] - patch).sum()
+        assert prototype.squared_distance == pytest.approx(distance, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_bfloat16_is_a_setting_of_the_whole_run(finished, tmp_path):
     """Every phase in bfloat16; a prototype still fires all but fully on its own source patch.

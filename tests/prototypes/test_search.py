@@ -7,15 +7,16 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protoseg_jax.data.label_sets import VOID
-from protoseg_jax.data.preprocessing import Preprocessing
-from protoseg_jax.prototypes.projection import project
-from protoseg_jax.prototypes.pruning import prune
 
+from protoseg_jax import config as configs
+from protoseg_jax.data.labels import VOID
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.inference import Inference, shrink_labels
+from protoseg_jax.models.preprocessing import Preprocessing
 from protoseg_jax.models.protoseg import Output
-from protoseg_jax.prototypes import patch_search
+from protoseg_jax.prototypes import search
+from protoseg_jax.prototypes.project import without_duplicates
+from protoseg_jax.prototypes.prune import prune
 
 D = 3
 
@@ -31,7 +32,7 @@ class Pixels(nn.Module):
         return Output(features, distances, distances, features)
 
 
-INFERENCE = Inference(Pixels(), Preprocessing((0.0,) * 3, (1.0,) * 3), (8, 12))
+INFERENCE = Inference(Pixels(), Preprocessing((0.0,) * 3, (1.0,) * 3), (8, 12), (), 3)
 
 
 def case(seed, images=11, prototypes=7, classes=3, levels=3):
@@ -44,17 +45,31 @@ def case(seed, images=11, prototypes=7, classes=3, levels=3):
     return pictures, labels, vectors, rng.integers(0, classes, prototypes)
 
 
-def batches(pictures, labels, size):
-    count = len(pictures)
-    for start in range(0, count, size):
-        index = np.arange(start, start + size)
-        index = np.where(index < count, index, -1)
-        yield {
-            "image": pictures[index],
-            "label": np.where((index >= 0)[:, None, None], labels[index], VOID),
-            "size": np.full((size, 2), labels.shape[1:], np.int32),
-            "index": index.astype(np.int32),
-        }
+class Pictures:
+    """What a search needs of an experiment."""
+
+    def __init__(self, pictures, labels, devices, batch=4):
+        self.pictures, self.labels, self.eval_batch_size = pictures, labels, batch
+        self.config, self.pool = configs.default(), DevicePool(jax.local_devices()[:devices])
+
+    def examples(self, split):
+        return self.pictures
+
+    def eval_batches(self, split, start=0):
+        count, size = len(self.pictures), self.eval_batch_size
+        for first in range(start, count, size):
+            index = np.arange(first, first + size)
+            index = np.where(index < count, index, -1)
+            yield {
+                "image": self.pictures[index],
+                "label": np.where((index >= 0)[:, None, None], self.labels[index], VOID),
+                "size": np.full((size, 2), self.labels.shape[1:], np.int32),
+                "index": index.astype(np.int32),
+            }
+
+
+def rule_of(classes, within_class):
+    return search.of_own_class(classes) if within_class else search.of_any_class
 
 
 def naive(pictures, labels, vectors, classes, k, within_class):
@@ -80,12 +95,13 @@ def naive(pictures, labels, vectors, classes, k, within_class):
 
 
 def run(pictures, labels, vectors, classes, k, within_class, devices):
-    return patch_search.search(
-        DevicePool(jax.local_devices()[:devices]),
-        patch_search.make_search_step(INFERENCE, classes, k=k, within_class=within_class),
+    return search.search(
+        Pictures(pictures, labels, devices),
+        INFERENCE,
         {"params": {"vectors": vectors}},
-        batches(pictures, labels, 4),
-        patch_search.empty(len(vectors), k, D),
+        rule_of(classes, within_class),
+        search.empty(len(vectors), k, D),
+        "search",
     )
 
 
@@ -108,17 +124,17 @@ def test_search_equals_naive_search_with_ties_and_duplicates(seed, k, within_cla
 @pytest.mark.parametrize(("k", "within_class"), [(1, True), (6, False)])
 def test_a_search_goes_on_where_it_stopped_on_another_number_of_devices(k, within_class):
     pictures, labels, vectors, classes = case(5)
-    step = patch_search.make_search_step(INFERENCE, classes, k=k, within_class=within_class)
-    variables = {"params": {"vectors": vectors}}
-    everything = list(batches(pictures, labels, 4))
-    so_far = []
-    four, one = (DevicePool(jax.local_devices()[:n]) for n in (4, 1))
-    start = patch_search.empty(len(vectors), k, D)
-    patch_search.search(four, step, variables, everything[:2], start, lambda f: so_far.append(f()))
-    assert len(so_far) == 2
-    for n, table in enumerate(so_far):
-        got = patch_search.search(one, step, variables, everything[n + 1 :], table)
-        expected = run(pictures, labels, vectors, classes, k, within_class, 1)
+    found = INFERENCE, {"params": {"vectors": vectors}}, rule_of(classes, within_class)
+    four, one = (Pictures(pictures, labels, n) for n in (4, 1))
+    so_far, empty = [], search.empty(len(vectors), k, D)
+    whole = search.search(
+        four, *found, empty, "", after_batch=lambda done, best: so_far.append((done, best()))
+    )
+    assert [done for done, _ in so_far] == [4, 8]  # not after the last batch
+    expected = run(pictures, labels, vectors, classes, k, within_class, 1)
+    jax.tree.map(np.testing.assert_array_equal, whole, expected)
+    for done, table in so_far:
+        got = search.search(one, *found, table, "", done)
         jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
@@ -130,13 +146,10 @@ def test_fewer_images_than_k_leave_empty_slots():
 
 
 def sample(pictures, labels, k, *, seed=0, devices=1, batch=4):
-    return patch_search.search(
-        DevicePool(jax.local_devices()[:devices]),
-        patch_search.make_sample_step(INFERENCE, 3, k=k, seed=seed),
-        {"params": {"vectors": np.zeros((1, D), np.float32)}},
-        batches(pictures, labels, batch),
-        patch_search.empty(3, k, D),
-    )
+    variables = {"params": {"vectors": np.zeros((1, D), np.float32)}}
+    at = Pictures(pictures, labels, devices, batch)
+    rule, empty = search.at_random(3, seed), search.empty(3, k, D)
+    return search.search(at, INFERENCE, variables, rule, empty, "sample")
 
 
 def test_a_sample_is_points_of_each_class_from_different_images():
@@ -166,14 +179,14 @@ def test_a_sample_is_the_same_on_any_devices(devices, batch):
 
 def test_every_point_is_as_likely_to_be_sampled():
     """One image of one class: each of its 24 points in some 1/24 of the draws (5 deviations)."""
-    step = patch_search.make_sample_step(INFERENCE, 1, k=1, seed=0)
+    step = search.make_step(INFERENCE, search.at_random(1, 0), k=1)
     batch = {
         "image": jnp.zeros((1, 8, 12, 3), jnp.uint8),
         "label": jnp.zeros((1, 8, 12), jnp.uint8),
         "size": jnp.array([[8, 12]]),
     }
     variables = {"params": {"vectors": jnp.zeros((1, D))}}
-    table = jax.tree.map(jnp.asarray, patch_search.empty(1, 1, D))
+    table = jax.tree.map(jnp.asarray, search.empty(1, 1, D))
     draws = jax.vmap(lambda n: step(table, variables, {**batch, "index": n[None]}))(
         jnp.arange(2400)
     )
@@ -188,13 +201,9 @@ def test_fallback_takes_cells_that_contain_any_pixel_of_the_class():
     classes = np.ones(len(vectors), int)
     strict = run(pictures, labels, vectors, classes, 1, True, 1)
     assert np.isinf(strict.squared_distance).all()
-    patches = patch_search.search(
-        DevicePool(jax.local_devices()[:2]),
-        patch_search.make_fallback_step(INFERENCE, 1),
-        {"params": {"vectors": vectors}},
-        batches(pictures, labels, 4),
-        patch_search.empty(len(vectors), 1, D),
-    )
+    at, variables = Pictures(pictures, labels, 2), {"params": {"vectors": vectors}}
+    empty = search.empty(len(vectors), 1, D)
+    patches = search.search(at, INFERENCE, variables, search.of_cells_with(1), empty, "search")
     assert (patches.image == 5).all() and (patches.row == 1).all() and (patches.col == 2).all()
 
 
@@ -204,7 +213,7 @@ def test_contains_class_equals_a_loop_over_pixels(h, w, height, width):
     rng = np.random.default_rng(h * 1000 + width)
     label = np.full((1, 40, 40), 7, np.int32)
     label[0, :height, :width] = rng.integers(0, 5, (height, width))
-    got = patch_search.contains_class(label, np.array([[height, width]]), (h, w), 3)[0]
+    got = search.contains_class(label, np.array([[height, width]]), (h, w), 3)[0]
     expected = np.zeros((h, w), bool)
     for y in range(height):
         for x in range(width):
@@ -225,7 +234,7 @@ def test_shrink_labels_takes_cell_centres(h, w, height, width):
 
 def patches_of(rows, k):
     """A table from rows of (distance, image, row, col, label)."""
-    table = patch_search.empty(len(rows), k, D)
+    table = search.empty(len(rows), k, D)
     for j, row in enumerate(rows):
         for n, (d, image, y, x, label) in enumerate(row):
             table.squared_distance[j, n] = d
@@ -238,16 +247,14 @@ def patches_of(rows, k):
 def test_projection_keeps_the_lowest_index_of_duplicates_of_a_class():
     same = [(0.1, 2, 3, 4, 0)]
     table = patches_of([same, [(0.2, 2, 3, 5, 0)], same, same], 1)
-    result = project(table, np.array([0, 0, 0, 1]))
-    assert result.keep.tolist() == [0, 1, 3]  # the same patch in another class is no duplicate
-    np.testing.assert_array_equal(result.vectors, [(2, 3, 4), (2, 3, 5), (2, 3, 4)])
-    assert result.sources[1]["col"] == 5
-    assert result.sources[1]["squared_distance"] == pytest.approx(0.2)
+    keep, vectors = without_duplicates(table, np.array([0, 0, 0, 1]))
+    assert keep.tolist() == [0, 1, 3]  # the same patch in another class is no duplicate
+    np.testing.assert_array_equal(vectors, [(2, 3, 4), (2, 3, 5), (2, 3, 4)])
 
 
 def test_projection_refuses_a_prototype_without_a_patch():
     with pytest.raises(ValueError, match="no candidate"):
-        project(patches_of([[]], 1), np.array([0]))
+        without_duplicates(patches_of([[]], 1), np.array([0]))
 
 
 @pytest.mark.parametrize(
