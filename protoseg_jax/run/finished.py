@@ -43,8 +43,8 @@ class Finished:
         workdir = Workdir.existing(path)
         experiment = Experiment(workdir.config(), labels=workdir.labels())
         names = [p.name for p in experiment.phases]
-        phase = phase or workdir.checkpoints.finished(names)[-1]
-        workdir.checkpoints.finished(names, phase)
+        finished = workdir.checkpoints.finished(names, phase)
+        phase = phase or finished[-1]
         return cls(workdir, experiment, phase, workdir.checkpoints.restore(phase))
 
     @functools.cached_property

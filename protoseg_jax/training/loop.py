@@ -12,6 +12,7 @@ import tensorboardX
 from protoseg_jax import losses, models
 from protoseg_jax.devices import is_main, stack_metrics
 from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation.report import percent
 from protoseg_jax.program import Interrupted
 from protoseg_jax.progress import Progress, say
 from protoseg_jax.run.checkpoints import Checkpoint
@@ -103,7 +104,7 @@ def run(
                 raise Interrupted(stop)
             if scores:
                 miou = validate(now)
-                say(f"{phase.name} step {number}: validation mIoU {percent(miou)}")
+                say(f"{phase.name} step {number}: validation mIoU {percent(miou, '{:.2f} %')}")
                 board.add_scalar("validation/miou", miou, first_batch + number)
             window = time.monotonic()
     board.close()
@@ -137,8 +138,3 @@ def _log(live, board, phase, number, first_batch, means, rate) -> None:
     live.workdir.append_metrics(line)
     for key, value in means.items():
         board.add_scalar(f"train/{key}", value, first_batch + number)
-
-
-def percent(value: float | None) -> str:
-    """A fraction for people."""
-    return "–" if value is None else f"{100 * value:.2f} %"

@@ -170,4 +170,4 @@ def _summarise(live: Live, phase: Phase, checkpoint: Checkpoint) -> None:
     }
     others = [e for e in workdir.summary() if e["phase"] != phase.name]
     workdir.write_summary([*others, entry])
-    say(f"{phase.name}: validation mIoU {loop.percent(scores['miou'])}")
+    say(f"{phase.name}: validation mIoU {report.percent(scores['miou'], '{:.2f} %')}")
