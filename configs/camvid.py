@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     c.augment.scale = (0.4, 0.8)
 
     c.model.update({"backbone": "unet", "depth": 4, "width": 16, "output_stride": 4})
-    c.model.update({"preprocessing": "imagenet", "prototype_init": "patches"})
+    c.model.update({"stride_in": "3x3", "preprocessing": "imagenet"})
+    c.model.prototype_init = "patches"
     c.loss.class_balance = 0.5  # rare classes count more
 
     rates = {"backbone": 1e-3, "decoder": 1e-3, "prototypes": 1e-2, "head": 0.0}

@@ -22,7 +22,7 @@ def get_config(row: str = "paper") -> ConfigDict:
     c.data.name = "isbi_em"
     c.augment.update({"scale": (0.8, 1.2), "turns": True, "elastic": 10.0})
     c.model.update({"backbone": "unet", "depth": 4, "width": 64, "output_stride": 1})
-    c.model.preprocessing = "data"
+    c.model.update({"stride_in": "3x3", "preprocessing": "data"})
 
     rates = {"backbone": 1e-4, "decoder": 1e-4, "prototypes": 1e-4, "head": 0.0}
     c.phases.warmup = {"steps": 0, "learning_rates": rates, "schedule": "constant"}

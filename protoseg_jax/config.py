@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import UserError, one_line
 
 _PACKAGE = Path(__file__).resolve().parent
 # Where the ready configs lie, installed or in a checkout.
@@ -38,7 +38,7 @@ def default() -> ConfigDict:
     c.data.name = text()  # a file of data/sets, or a dotted path
     c.data.dir = text()  # the folder with its files
     c.data.cache = "data_cache"  # the folder of prepared data sets
-    c.data.workers = 0  # worker processes that read training images; 0: threads
+    c.data.workers = 0  # worker processes that read images; 0: threads
     c.data.train_split = "train"
     c.data.projection_split = "train"  # where prototypes' patches come from
     c.data.held_out = text()  # a class to be void, for the novelty test
@@ -148,10 +148,30 @@ def complete(stored: dict[str, Any]) -> ConfigDict:
     """A stored config with every key; one that it lacks takes the value that keeps its behaviour.
 
     That is the default, but for `_BEFORE` and for phases: one that it lacks has no steps.
+
+    Raises:
+      UserError: a value is of another type than its key's.
     """
-    config = default()
-    absent = {name: {"steps": 0} for name in config.phases if name not in stored["phases"]}
-    config.phases = ConfigDict({**absent, **stored["phases"]})
-    for part in (_BEFORE, {k: v for k, v in stored.items() if k != "phases"}):
-        config.update(ConfigDict(part))
+    config, phases = default(), stored.get("phases", {})
+    absent = {name: {"steps": 0} for name in config.phases if name not in phases}
+    try:
+        for part in (_BEFORE, {k: v for k, v in stored.items() if k != "phases"}):
+            config.update(ConfigDict(part))
+        config.phases = ConfigDict({**absent, **phases})
+        for phase in config.phases.values():
+            phase.steps = int(phase.steps)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the config holds a value of another type: {one_line(error)}") from error
     return config
+
+
+def unknown_keys(config: ConfigDict) -> list[str]:
+    """Keys that `default` lacks: those of an extension, or misspelt ones."""
+    known, sections = default(), {"": config, **{k: v for k, v in config.items() if k != "phases"}}
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, section in sections.items()
+        if isinstance(section, ConfigDict)
+        for key in section
+        if key not in (known[name] if name else known)
+    ]

@@ -29,7 +29,7 @@ def find(kind: str, name: str | None, package: str, needs: Sequence[str]) -> typ
     try:
         module = importlib.import_module(full)
     except ModuleNotFoundError as error:
-        if not full.startswith(error.name or ""):
+        if not f"{full}.".startswith(f"{error.name}."):
             raise UserError(f"{kind}={name!r} does not import ({one_line(error)})") from error
         known = ", ".join(known_names(package, needs))
         raise UserError(

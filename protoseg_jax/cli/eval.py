@@ -23,6 +23,8 @@ def main() -> None:
 
     if _WORKDIR.value is None:
         raise UserError("no --workdir given; name the folder that train.py wrote")
+    if _MEASURES.value and not _INTERPRETABILITY.value:
+        raise UserError("--measures=… says which; add --interpretability")
     devices.keep_compiled_programs()
     score.score_run(
         _WORKDIR.value,

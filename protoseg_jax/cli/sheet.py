@@ -31,4 +31,7 @@ def main() -> None:
         experiment.labels,
         seed=config.seed,
     )
-    write_atomically(_OUT.value, images.encode(picture))
+    try:
+        write_atomically(_OUT.value, images.encode(picture))
+    except PermissionError as error:
+        raise UserError(f"{_OUT.value} cannot be written ({error.strerror})") from error

@@ -3,6 +3,7 @@
 python train.py --config=configs/demo.py[:ROW] [--workdir=DIR] [--smoke] [--config.key=value …]
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -24,6 +25,8 @@ def main() -> None:
     if _CONFIG.value is None:
         raise UserError("no --config given; try --config=configs/demo.py")
     config = configs.complete(_CONFIG.value.to_dict())
+    for key in configs.unknown_keys(config):
+        print(f"note: {key} is no key of protoseg_jax; an extension must read it", file=sys.stderr)
     devices.start_processes()
     devices.keep_compiled_programs()
     path, _, row = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")

@@ -5,9 +5,9 @@ A measure is a module, of this folder or by its dotted path from anywhere, with
 * `TITLES`: ((key, name, factor), …) of its figures that tables show; factor 100: in per cent;
 * `make(context)` → `Measure`, or None where it has nothing to say.
 
-The network sees each image once, and every measure looks at what came out. Sums over images and
-devices are of whole numbers, exact whatever their order, and what is drawn is drawn by each image's
-number: N devices measure what one does.
+The network sees each image once, and every measure looks at what came out. What is counted is
+summed exactly whatever the order, and what is drawn is drawn by each image's number: N devices
+measure what one does (the overlap's IoUs, sums of float32, to rounding).
 """
 
 import dataclasses

@@ -119,13 +119,15 @@ def score_run(
     }
     suffix = "-flips" if flips else ""
     stored = run.workdir.path / "eval" / f"{split}-{run.phase}{suffix}.json"
+    kept = read_json(stored, {}).get("interpretability", {})  # of the same checkpoint: they hold
     if interpretability:
-        result["interpretability"] = measure(experiment, run.checkpoint, split, measures)
-    elif "interpretability" in (kept := read_json(stored, {})):  # of the same checkpoint: they hold
-        result["interpretability"] = kept["interpretability"]
+        kept = kept if measures else {}
+        kept |= measure(experiment, run.checkpoint, split, measures)
+    if kept:
+        result["interpretability"] = kept
     write_json(stored, result)
     print(report.class_table(result, names))
-    found = result.get("interpretability", {})
-    for line in report.measure_lines(found, measures or experiment.config.measures):
-        print(line)
+    if kept:
+        for line in report.measure_lines(kept, measures or experiment.config.measures):
+            print(line)
     return result

@@ -6,6 +6,9 @@ theirs to the margin of a over b. A pixel's logits are bilinear in those of the 
 (METHOD, evaluation), and so are its similarities: the same sums hold at every pixel.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from protoseg_jax.data.labels import VOID
 from protoseg_jax.devices import psum
 from protoseg_jax.evaluation.segmentation import upsample_at
 from protoseg_jax.evaluation.utilisation import wins
-from protoseg_jax.inference import shrink_labels
+from protoseg_jax.inference import Inference, shrink_labels
 from protoseg_jax.models.protoseg import Output
 from protoseg_jax.progress import say
 from protoseg_jax.run.finished import Finished
@@ -122,7 +125,13 @@ def point_counts(run: Finished, split: str) -> tuple[Int[np.ndarray, " m"], Int[
     prototypes it belongs to the one that is most similar (Fig. 5).
     """
     say(f"counting the points of each prototype in {split}")
-    inference, experiment = run.inference, run.experiment
+    batches, step = run.experiment.eval_batches(split), _make_counts_step(run.inference)
+    return run.experiment.pool.sum(step, run.checkpoint.variables, batches)
+
+
+@functools.lru_cache(maxsize=2)
+def _make_counts_step(inference: Inference) -> Callable:
+    """step(variables, batch) → psum'd counts of `point_counts`; the same for the same model."""
 
     def step(variables, batch):
         output = inference(variables, batch["image"])
@@ -138,4 +147,4 @@ def point_counts(run: Finished, split: str) -> tuple[Int[np.ndarray, " m"], Int[
         )
         return psum((won, used.sum(0)))
 
-    return experiment.pool.sum(step, run.checkpoint.variables, experiment.eval_batches(split))
+    return step

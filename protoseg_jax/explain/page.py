@@ -89,6 +89,7 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
     target = Path(out) if out else model.workdir.path / "explain"
     _check_target(target)
     notes: list[str] = []
+    given = model.pictures(split, paths) if paths else []  # what cannot be read is told at once
     shares, nearest = [None] * len(model.prototypes), [[]] * len(model.prototypes)
     try:
         data = model.experiment.data
@@ -109,7 +110,7 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
     if absent:
         which = "all prototypes" if len(absent) == len(model.prototypes) else len(absent)
         notes.append(f"The training images of {which} are not with the run; their patches are.")
-    shown = [x for picture in model.pictures(split, paths) for x in _shown(model, picture)]
+    shown = [x for picture in given or model.pictures(split) for x in _shown(model, picture)]
     if data:
         won, _ = point_counts(model, split)
         shares, nearest = (won / max(won.sum(), 1)).tolist(), _nearest(model)

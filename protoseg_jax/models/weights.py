@@ -80,13 +80,14 @@ def load(path: str | Path, network: types.ModuleType) -> Ported:
         )
     if not hasattr(network, "port"):
         raise UserError(
-            f"weights {path} are of another network: none are known for model.backbone "
-            f"{network.__name__.rpartition('.')[2]!r}; leave pretrained.path out"
+            f"weights {path} are of another network: model.backbone is "
+            f"{network.__name__.rpartition('.')[2]!r}, for which none are known; leave "
+            "pretrained.path out"
         )
     try:
         found = READERS[path.suffix](path)
-        if isinstance(found, Ported) and found.origin not in network.ORIGINS:
-            raise ValueError(f"its origin {found.origin!r} is unknown")
+        if isinstance(found, Ported):
+            _require_origin(found, network)
     except _UNREADABLE as error:
         what = "cannot be read", "it is cut short or of another kind than its name says: fetch it"
         if path.suffix == ".npz":
@@ -94,7 +95,20 @@ def load(path: str | Path, network: types.ModuleType) -> Ported:
         raise UserError(
             f"weights file {path} {what[0]} ({reason(error)}); {what[1]} again"
         ) from error
-    return found if isinstance(found, Ported) else network.port(found, path)
+    if not isinstance(found, Ported):
+        found = network.port(found, path)
+        try:
+            _require_origin(found, network)
+        except ValueError as error:
+            raise UserError(
+                f"weights {path}: {error} to {network.__name__}; name it in its ORIGINS"
+            ) from error
+    return found
+
+
+def _require_origin(ported: Ported, network: types.ModuleType) -> None:
+    if ported.origin not in getattr(network, "ORIGINS", {}):
+        raise ValueError(f"its origin {ported.origin!r} is unknown")
 
 
 def save(ported: Ported, path: str | Path) -> None:

@@ -37,7 +37,6 @@ class Phase:
       steps: optimiser steps (1 for a search).
       learning_rates: learning rate at the start, by trainable parameter group.
       schedule: "constant", or "poly": rate · (1 − t/T)^0.9.
-      l1: whether eq. 8's L1 term is added (fine-tuning).
     """
 
     name: str
@@ -45,7 +44,6 @@ class Phase:
     steps: int
     learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)
     schedule: str = "constant"
-    l1: bool = False
 
 
 def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
@@ -97,9 +95,7 @@ def _phase(
         )
     if black_box:
         rates = {g: r for g, r in rates.items() if g in network}
-    return Phase(
-        name, "train", steps, rates, section.schedule, l1=name in _FINETUNES and not black_box
-    )
+    return Phase(name, "train", steps, rates, section.schedule)
 
 
 def smoke(config: ml_collections.ConfigDict) -> None:

@@ -206,18 +206,25 @@ class Workdir:
 
 def _manifest(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What a run is made with: versions, commit, devices, command, dtype."""
-    root = str(Path(__file__).resolve().parents[2])
-    commit = subprocess.run(
-        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "protoseg_jax": __version__,
         "python": sys.version.split()[0],
         "versions": {n.replace("-", "."): importlib.metadata.version(n) for n in packages},
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _commit(),
         "devices": backend_description(),
         "command": sys.argv,
         "compute_dtype": config.compute_dtype,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str | None:
+    """The checkout's commit; None of an installed package, or without git."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found[1] if Path(found[0]).resolve() == root else None

@@ -1,13 +1,15 @@
 """A run: its phases in order, each scored, drawn and checkpointed; resumable.
 
-`train` is what train.py calls. Everything a run leaves behind is in its `Workdir`.
+`train` is what `protoseg train` calls. Everything a run leaves behind is in its `Workdir`.
 """
 
 import ml_collections
+import numpy as np
 
+from protoseg_jax import losses
 from protoseg_jax.devices import barrier, is_main, leave_processes
 from protoseg_jax.errors import UserError
-from protoseg_jax.evaluation import report
+from protoseg_jax.evaluation import measures, report
 from protoseg_jax.evaluation.score import evaluate
 from protoseg_jax.files import write_json
 from protoseg_jax.program import Interrupted
@@ -28,9 +30,9 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
     """Refuse what would only show later; where a `new` run starts.
 
     Raises:
-      UserError: the batch does not divide, a size or number is too small, an image is smaller
-        than a tile, a class has nothing to learn from, or a new run's weights are not its
-        network's.
+      UserError: the batch does not divide, a size or number is too small, a loss term or measure
+        does not exist, an image is smaller than a tile, a class has nothing to learn from, or a new
+        run's weights are not its network's.
     """
     config = experiment.config
     experiment.pool.check_batch(config.batch_size, config.accumulate)
@@ -42,6 +44,8 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
     for key in ("eval_batch_size", "log_every"):
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} must be at least 1; set --config.{key}")
+    losses.terms(config.loss, np.zeros(0, np.int64), experiment.num_classes)
+    measures.modules(config.measures)
     for key in ("crop_size", "eval_size"):
         size = tuple(config[key])
         points = (0, 0)
@@ -52,6 +56,7 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
                 f"{key}={size} is too small for the backbone: it leaves fewer than 2×2 points; "
                 f"set --config.{key} to (height, width) of 8 pixels or more"
             )
+    _ = experiment.augmentation
     for split in ("validation", config.data.projection_split):
         experiment.examples(split)
     for split in dict.fromkeys((config.data.train_split, config.data.projection_split)):
