@@ -91,6 +91,8 @@ def test_the_paper_s_sizes(name, labels, training, evaluation):
     config = configs.load(name)
     settle(config)
     assert (config.model.stride_in, config.model.preprocessing) == ("3x3", "imagenet")
+    assert config.model.depth == 101
+    config.model.depth = 14  # of the same stages' strides
     classes = equal_blocks(10 * len(labels), len(labels))
     inference = inferences.from_config(config, len(labels), classes)
     assert inference.feature_sizes(config.crop_size) == training

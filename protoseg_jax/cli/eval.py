@@ -18,13 +18,14 @@ _FLIPS = flags.DEFINE_bool("flips", False, "Average class probabilities over mir
 
 
 def main() -> None:
-    from protoseg_jax import devices
-    from protoseg_jax.evaluation import score
-
     if _WORKDIR.value is None:
         raise UserError("no --workdir given; name the folder that train.py wrote")
     if _MEASURES.value and not _INTERPRETABILITY.value:
         raise UserError("--measures=… says which; add --interpretability")
+
+    from protoseg_jax import devices
+    from protoseg_jax.evaluation import score
+
     devices.keep_compiled_programs()
     score.score_run(
         _WORKDIR.value,

@@ -16,10 +16,11 @@ _FORCE = flags.DEFINE_bool("force", False, "Remove a class's last prototype, too
 
 
 def main(*ids: str) -> None:
+    if _WORKDIR.value is None or _TO.value is None:
+        raise UserError("--workdir=DIR and --to=NEWDIR go together; give both")
+
     from protoseg_jax import devices
     from protoseg_jax.training import removal
 
-    if _WORKDIR.value is None or _TO.value is None:
-        raise UserError("--workdir=DIR and --to=NEWDIR go together; give both")
     devices.keep_compiled_programs()
     removal.remove(_WORKDIR.value, ids, _TO.value, force=_FORCE.value)

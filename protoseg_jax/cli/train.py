@@ -17,13 +17,14 @@ _SMOKE = flags.DEFINE_bool("smoke", False, "Try every phase with three steps eac
 
 
 def main() -> None:
+    if _CONFIG.value is None:
+        raise UserError("no --config given; try --config=configs/demo.py")
+
     from protoseg_jax import config as configs
     from protoseg_jax import devices
     from protoseg_jax.run import phases
     from protoseg_jax.training import run
 
-    if _CONFIG.value is None:
-        raise UserError("no --config given; try --config=configs/demo.py")
     config = configs.complete(_CONFIG.value.to_dict())
     for key in configs.unknown_keys(config):
         print(f"note: {key} is no key of protoseg_jax; an extension must read it", file=sys.stderr)

@@ -19,21 +19,29 @@ from protoseg_jax.training import optimizer
 from protoseg_jax.training import step as steps
 
 C, K, SIZE = 4, 3, (33, 33)
+MAP = (17, 17)
 
 
 def make_config(reduction="present"):
+    """A small U-Net, which compiles fast: what is tested here is the step."""
     config = configs.default()
     config.eval_size = SIZE
-    config.model.update({"depth": 14, "width": 8, "norm": "group", "aspp_rates": (1, 2)})
-    config.model.update({"features": 8, "stride_in": "3x3", "preprocessing": "imagenet"})
+    config.model.update({"backbone": "unet", "depth": 1, "width": 8, "output_stride": 2})
+    config.model.update({"features": 8, "preprocessing": "imagenet"})
     config.loss.diversity_reduction = reduction
     return config
 
 
-JOINT = phases.Phase(
-    "joint", "train", 10, {"backbone": 1e-3, "aspp": 1e-3, "prototypes": 1e-3}, "poly"
-)
-WARMUP = phases.Phase("warmup", "train", 10, {"aspp": 1e-3, "prototypes": 1e-3})
+def make_resnet_config():
+    config = make_config()
+    config.model.update({"backbone": "resnet", "depth": 14, "norm": "group", "output_stride": 8})
+    config.model.update({"aspp_rates": (1, 2), "stride_in": "3x3"})
+    return config
+
+
+NEW = {"decoder": 1e-3, "prototypes": 1e-3}
+JOINT = phases.Phase("joint", "train", 10, {"backbone": 1e-3, **NEW}, "poly")
+WARMUP = phases.Phase("warmup", "train", 10, NEW)
 FINETUNE = phases.Phase("finetune", "train", 10, {"head": 1e-2})
 
 
@@ -59,7 +67,7 @@ def make_batch(size=8):
     }
 
 
-def mapped_step(pool, inference, phase, config, *, accumulate=1, sizes=((5, 5),)):
+def mapped_step(pool, inference, phase, config, *, accumulate=1, sizes=(MAP,)):
     terms = losses.terms(config.loss, inference.classes, inference.num_classes)
     return pool.map(
         steps.make_step(
@@ -73,8 +81,8 @@ def mapped_step(pool, inference, phase, config, *, accumulate=1, sizes=((5, 5),)
     )
 
 
-def init_state(params, phase):
-    return steps.init_state(params, phase, models.decay(make_config().model))
+def init_state(params, phase, config=None):
+    return steps.init_state(params, phase, models.decay((config or make_config()).model))
 
 
 @functools.cache
@@ -139,7 +147,7 @@ def first_gradient(state):
 
 def assert_same_gradients(first, second, tolerance=1e-5):
     pairs = list(zip(first_gradient(first), first_gradient(second), strict=True))
-    assert len(pairs) > 20
+    assert len(pairs) == len(jax.tree.leaves(first.trainable)) > 10
     for a, b in pairs:
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a) + 1e-9
 
@@ -171,19 +179,15 @@ def test_multi_scale_losses_are_the_mean_over_the_outputs():
     config = make_config()
     config.model.msc = (0.5,)
     inference, params = setup(config)
-    batch, sizes = make_batch(), [(5, 5), (3, 3), (5, 5)]
+    batch, sizes = make_batch(), [MAP, (8, 8), MAP]
     outputs = jax.jit(inference.outputs)({"params": params}, batch["image"])
     assert [o.logits.shape[1:3] for o in outputs] == sizes
     terms = []
     for output, (h, w) in zip(outputs, sizes, strict=True):
         rows, cols = ((2 * np.arange(n) + 1) * 33 // (2 * n) for n in (h, w))
         labels = batch["label"][:, rows][:, :, cols]
-        losses = np.array(
-            [
-                -jax.nn.log_softmax(output.logits[place])[labels[place]]
-                for place in zip(*np.nonzero(labels != 255), strict=True)
-            ]
-        )
+        log_p, valid = np.asarray(jax.nn.log_softmax(output.logits)), labels != 255
+        losses = -log_p[valid][np.arange(valid.sum()), labels[valid]]
         terms.append(losses.mean())
     for devices, accumulate in ((1, 1), (2, 2)):
         pool = DevicePool(jax.local_devices()[:devices])
@@ -257,7 +261,7 @@ def test_optimizer_is_adam_with_coupled_decay_where_the_method_has_it():
     tree = jax.tree.map(np.float32, tree)
     rates = {"backbone": 1e-4, "aspp": 1e-3, "prototypes": 1e-3}
     phase = phases.Phase("joint", "train", 5, rates, "poly")
-    transform = optimizer.make(phase, tree, models.decay(make_config().model))
+    transform = optimizer.make(phase, tree, models.decay(make_resnet_config().model))
     gradients = [jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), tree) for _ in "123"]
     state, params = transform.init(tree), tree
     for g in gradients:
@@ -275,19 +279,24 @@ def test_optimizer_is_adam_with_coupled_decay_where_the_method_has_it():
 
 def test_frozen_groups_cost_nothing():
     """Warm-up has no backward pass through the ResNet, fine-tuning keeps to w_h."""
-    config = make_config()
+    config = make_resnet_config()
     config.model.width = 32
     inference, params = setup(config)
     data = make_batch()
     forward = jax.jit(lambda p, x: inference({"params": p}, x).logits)
-    base = forward.lower(params, data["image"]).compile().cost_analysis()["flops"]
+    base = forward.lower(params, data["image"]).cost_analysis()["flops"]
     pool = DevicePool(jax.local_devices()[:1])
-    for phase, limit in ((WARMUP, 1.25), (FINETUNE, 1.1)):
-        step = mapped_step(pool, inference, phase, config)
+    warmup = phases.Phase("warmup", "train", 10, {"aspp": 1e-3, "prototypes": 1e-3})
+    joint = phases.Phase("joint", "train", 10, {**warmup.learning_rates, "backbone": 1e-3})
+    costs = {}
+    for phase in (warmup, joint, FINETUNE):
+        step = mapped_step(pool, inference, phase, config, sizes=((5, 5),))
         _, frozen = steps.split(params, phase)
-        state = pool.replicate(init_state(params, phase))
+        state = pool.replicate(init_state(params, phase, config))
         lowered = step.lower(state, pool.replicate(frozen), {}, pool.shard(data))
-        assert base < lowered.compile().cost_analysis()["flops"] <= limit * base, phase.name
+        costs[phase.name] = lowered.cost_analysis()["flops"] / base
+    assert 1 < costs["warmup"] <= 1.25 and 1 < costs["finetune"] <= 1.1
+    assert costs["joint"] > 2.5  # the same figure where nothing is frozen
 
 
 def test_a_group_that_no_decay_rule_covers_is_refused():
@@ -299,7 +308,7 @@ def test_a_group_that_no_decay_rule_covers_is_refused():
 
 
 def test_phases_of_a_black_box_have_the_same_budget():
-    config = make_config()
+    config = make_resnet_config()
     config.model.head = "linear"
     training = {"learning_rates": {"aspp": 1e-3, "head": 1.0}, "schedule": "constant"}
     config.phases = {n: {"steps": 5, **training} for n in ("warmup", "joint", "finetune")}
@@ -319,7 +328,7 @@ def test_phases_of_a_black_box_have_the_same_budget():
     ],
 )
 def test_bad_phases_are_refused(change, message):
-    config = make_config()
+    config = make_resnet_config()
     config.phases = change
     with pytest.raises(UserError, match=message):
         phases.from_config(config)
