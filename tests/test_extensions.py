@@ -11,6 +11,7 @@ import pytest
 
 from protoseg_jax import extensions
 from protoseg_jax.errors import UserError
+from tests import kill
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,7 +50,12 @@ def home(tmp_path_factory):
 def protoseg(home, *arguments):
     line = [sys.executable, "-m", "protoseg_jax", *arguments]
     return subprocess.Popen(
-        line, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        line,
+        cwd=home,
+        env=kill.environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
