@@ -144,7 +144,7 @@ def palette_png(
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[h w *c] → a (height, width), bilinear, half-pixel centres, no antialiasing, aspect ignored
-    (METHOD, evaluation)."""
+    (docs/method.md#evaluation)."""
     return _resize(image, size, cv2.INTER_LINEAR)
 
 

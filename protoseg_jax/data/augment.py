@@ -1,4 +1,4 @@
-"""Training augmentation (section 4; METHOD's table): random scale, crop, flip — seeded per example.
+"""Training augmentation (section 4, docs/method.md): random scale, crop, flip — seeded per example.
 
 A uniform scale s in `scale_range` resizes an image to ⌊h·s⌋ × ⌊w·s⌋ (bilinear without
 antialiasing, labels nearest); what is smaller than the crop is padded at the bottom and right with

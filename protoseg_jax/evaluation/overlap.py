@@ -70,7 +70,7 @@ def sums(seen: Seen) -> OverlapSums:
 
     For each class in the image's labels: the similarity map of each prototype of the class, brought
     to label resolution and cut at its own whole-image 95 % quantile; IoU of every pair. The paper's
-    code for this is not released; we follow METHOD.
+    code for this is not released; see docs/method.md.
 
     Works through classes and prototypes one after another, so that only one map and one class's
     masks are at full size, and passes over classes that are absent.

@@ -50,7 +50,7 @@ def _lerp(x, low, high, weight, axis: int):
 def upsample(
     maps: Float[Array, "b h w c"], sizes: Int[Array, "b 2"], out: tuple[int, int]
 ) -> Float[Array, "b H W c"]:
-    """Bilinear to each image's own size: half-pixel centres, no antialiasing (METHOD, evaluation).
+    """Bilinear to each image's own size: half-pixel centres, no antialiasing (docs/method.md).
 
     Args:
       maps: feature-map resolution.

@@ -3,7 +3,7 @@
 At a point of the feature map, logit_c = Σ_j similarity_j · w_h[j, c] (section 3.1, no bias): the
 terms are the prototypes' *contributions* to class c, and similarity_j · (w_h[j, a] − w_h[j, b])
 theirs to the margin of a over b. A pixel's logits are bilinear in those of the points around it
-(METHOD, evaluation), and so are its similarities: the same sums hold at every pixel.
+(docs/method.md), and so are its similarities: the same sums hold at every pixel.
 """
 
 import functools
@@ -35,7 +35,7 @@ class PointEvidence:
       logits: of each class.
       label: the winning class.
       prototype: the winning prototype, of the largest contribution to the winning class.
-      novelty: min_j ‖z − p_j‖² (METHOD): how far the point is from all that the model knows.
+      novelty: min_j ‖z − p_j‖²: how far the point is from all that the model knows.
     """
 
     features: Float[Array, "*b h w d"]

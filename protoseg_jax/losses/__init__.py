@@ -92,7 +92,7 @@ def means(
 ) -> dict[str, Scalar]:
     """These images' part of each term: its mean over the global batch, averaged over the outputs.
 
-    With MSC each of the model's outputs has its own labels and loss (METHOD), and its own `counts`:
+    With MSC each of the model's outputs has its own labels and loss, and its own `counts`:
     each term's denominator in the global batch, never 0.
     """
     found = {term.name: jnp.zeros(()) for term in terms}

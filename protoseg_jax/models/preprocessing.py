@@ -1,6 +1,6 @@
 """Input preprocessing: what a backbone's weights expect of an image.
 
-The preprocessing belongs to the weights (METHOD): ImageNet weights want RGB / 255, standardised by
+The preprocessing belongs to the weights: ImageNet weights want RGB / 255, standardised by
 ImageNet's mean and deviation; the COCO (Caffe) weights want BGR minus the mean in 0–255. Nets
 trained from scratch use ImageNet's, or mean and deviation of their own training split ("data").
 """

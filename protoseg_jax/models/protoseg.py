@@ -54,7 +54,7 @@ class BlackBox(nn.Module):
         """The decoder's maps of the images, of each smaller copy, and the maximum of them all.
 
         Images go down to ⌊size · scale⌋ with a source step of exactly 1 / scale; maps go up to the
-        whole image's map by size (METHOD, from the released code). Inference uses the last.
+        whole image's map by size (as the released code does). Inference uses the last.
         """
         whole = self.decoder(self.backbone(images))
         if not self.scales:

@@ -34,7 +34,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What comes with weights of an origin (METHOD: stride and preprocessing follow the weights).
+    """What comes with weights of an origin (docs/method.md: stride and preprocessing follow it).
 
     Attributes:
       stride_in: the convolution that strides, as in `resnet.Bottleneck`.

@@ -1,4 +1,4 @@
-"""A run's folder: config, manifest, metrics, scores, checkpoints (DESIGN's contract).
+"""A run's folder: config, manifest, metrics, scores, checkpoints.
 
 ```
 config.json · manifest.json · classes.json · split.json · metrics.jsonl · tensorboard/ ·

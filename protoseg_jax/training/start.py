@@ -1,6 +1,6 @@
 """Where a run starts: random weights, and on top of them PyTorch's or those of another run.
 
-Prototypes start uniformly at random (METHOD) or, with `model.prototype_init = "patches"`, on
+Prototypes start uniformly at random or, with `model.prototype_init = "patches"`, on
 training points.
 """
 
@@ -37,7 +37,7 @@ PROTOTYPE_INITS = ("uniform", "patches")
 def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> None:
     """Replace "auto" in `model.stride_in` and `model.preprocessing`, in place.
 
-    They follow the weights (METHOD): those of `pretrained.path`; without weights torchvision's.
+    They follow the weights: those of `pretrained.path`; without weights torchvision's.
     With preprocessing "data" mean and deviation are measured. A run that goes on keeps what it was
     started with.
 

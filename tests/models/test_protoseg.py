@@ -54,7 +54,7 @@ def test_parameter_groups():
 
 
 def test_every_group_has_a_rule_of_weight_decay():
-    """Coupled L2 on convolutions and the ASPP's biases; none on norms, prototypes, w_h (METHOD)."""
+    """Coupled L2 on convolutions and the ASPP's biases; none on norms, prototypes, w_h."""
     for changes in ({"norm": "group"}, {"backbone": "unet", "depth": 3}):
         config = make_config(**changes)
         _, variables = shapes((65, 65), **changes)

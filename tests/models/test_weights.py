@@ -140,7 +140,7 @@ def test_files_that_are_no_weights(tmp_path, name, content, words):
 
 def test_a_network_without_foreign_weights_takes_none(tmp_path):
     files.save(resnet.port(backbone(), "made"), tmp_path / "a.npz")
-    with pytest.raises(UserError, match="model.backbone is 'unet', for which none are known; leave"):
+    with pytest.raises(UserError, match="model.backbone is 'unet', for which none are known"):
         files.load(tmp_path / "a.npz", unet)
 
 
