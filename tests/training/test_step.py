@@ -259,10 +259,13 @@ def test_optimizer_is_adam_with_coupled_decay_where_the_method_has_it():
         "prototypes": {"vectors": rng.normal(size=3)},
     }
     tree = jax.tree.map(np.float32, tree)
-    rates = {"backbone": 1e-4, "aspp": 1e-3, "prototypes": 1e-3}
+    rates = {"backbone": 1e-3, "aspp": 1e-2, "prototypes": 1e-2}
     phase = phases.Phase("joint", "train", 5, rates, "poly")
     transform = optimizer.make(phase, tree, models.decay(make_resnet_config().model))
-    gradients = [jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), tree) for _ in "123"]
+    # Small beside the parameters, so that the decay makes up a part of them that shows.
+    gradients = [
+        jax.tree.map(lambda x: np.float32(rng.normal(0, 0.01, x.shape)), tree) for _ in "123"
+    ]
     state, params = transform.init(tree), tree
     for g in gradients:
         updates, state = transform.update(g, state, params)
