@@ -99,6 +99,16 @@ def test_evaluation_sees_every_example_once_at_one_size():
             assert (label[:, w:] == VOID).all() and (image == 40 * n).all()
 
 
+@pytest.mark.parametrize(("start", "number"), [(2, 0), (3, 1), (5, 0)])
+def test_evaluation_goes_on_from_an_example_for_a_part(start, number):
+    """As a search does that was interrupted, in one of two processes."""
+    options = {"eval_size": (24, 32), "batch_size": 1, "start": start, "part": (number, 2)}
+    batches = list(pipeline.eval_batches(Mixed(), **options))
+    seen = [int(n) for batch in batches for n in batch["index"]]
+    own = list(range(start + number, 5, 2))
+    assert seen == own + [-1] * (-(-(5 - start) // 2) - len(own))
+
+
 def test_evaluation_in_worker_processes_keeps_the_order(source):
     options = {"eval_size": (64, 64), "batch_size": 4}
     expected = list(pipeline.eval_batches(source, **options))
