@@ -244,16 +244,6 @@ class DevicePool:
         for batch, placed in zip(host, self.prefetch(ahead), strict=True):
             yield batch, step(variables, placed)
 
-    def sum(self, step: Callable, variables: Any, batches: Iterable[Any]) -> Any:
-        """The sum over a pass (`outputs`) of results that `step` has psum'd, in 64 bits.
-
-        Returns:
-          NumPy: integers as int64, floats as float64. All batches are on their way before the first
-          result is fetched.
-        """
-        results = [result for _, result in self.outputs(step, variables, batches)]
-        return jax.tree.map(total, *map(self.first, results))
-
 
 def total(*parts: np.ndarray) -> np.ndarray:
     """The sum of arrays in 64 bits: integers as int64, floats as float64."""

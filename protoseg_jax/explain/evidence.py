@@ -6,20 +6,14 @@ theirs to the margin of a over b. A pixel's logits are bilinear in those of the 
 (docs/method.md), and so are its similarities: the same sums hold at every pixel.
 """
 
-import functools
-from collections.abc import Callable
-
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from protoseg_jax.data.labels import VOID
-from protoseg_jax.devices import psum
+from protoseg_jax.evaluation.measures import Context, Measure, Seen, take
 from protoseg_jax.evaluation.segmentation import upsample_at
 from protoseg_jax.evaluation.utilisation import wins
-from protoseg_jax.inference import Inference, shrink_labels
 from protoseg_jax.models.protoseg import Output
 from protoseg_jax.progress import say
 from protoseg_jax.run.finished import Finished
@@ -125,26 +119,16 @@ def point_counts(run: Finished, split: str) -> tuple[Int[np.ndarray, " m"], Int[
     prototypes it belongs to the one that is most similar (Fig. 5).
     """
     say(f"counting the points of each prototype in {split}")
-    batches, step = run.experiment.eval_batches(split), _make_counts_step(run.inference)
-    return run.experiment.pool.sum(step, run.checkpoint.variables, batches)
+    context = Context(run.experiment, run.inference, split)
+    batches = run.experiment.eval_batches(split)
+    counts = Measure(_counts, lambda found: {"won": found[0], "used": found[1]})
+    found = take(context, [counts], run.checkpoint.variables, batches)
+    return found["won"], found["used"]
 
 
-@functools.lru_cache(maxsize=2)
-def _make_counts_step(inference: Inference) -> Callable:
-    """step(variables, batch) → psum'd counts of `point_counts`; the same for the same model."""
-
-    def step(variables, batch):
-        output = inference(variables, batch["image"])
-        real = (batch["index"] >= 0)[:, None, None]
-        winners = explain_points(output, variables["params"]["head"]["kernel"]).prototype
-        count = inference.num_prototypes
-        won = jnp.zeros(count + 1, jnp.int32)
-        won = won.at[jnp.where(real, winners, count).reshape(-1)].add(1)[:-1]
-        labels = shrink_labels(batch["label"], batch["size"], output.features.shape[1:3])
-        used = jax.lax.map(
-            lambda x: wins(*x, inference.classes),
-            (output.similarities, jnp.where(real, labels, VOID)),
-        )
-        return psum((won, used.sum(0)))
-
-    return step
+def _counts(seen: Seen) -> tuple[Int[Array, " m"], Int[Array, " m"]]:
+    """What one image adds to `point_counts`; nothing, if it fills a batch."""
+    winners, count = explain_points(seen.output, seen.kernel).prototype, len(seen.kernel)
+    winners = jnp.where(seen.batch["index"] >= 0, winners, count)
+    won = jnp.zeros(count + 1, jnp.int32).at[winners.reshape(-1)].add(1)[:-1]
+    return won, wins(seen.output.similarities, seen.labels, seen.inference.classes)
