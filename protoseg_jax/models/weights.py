@@ -86,8 +86,6 @@ def load(path: str | Path, network: types.ModuleType) -> Ported:
         )
     try:
         found = READERS[path.suffix](path)
-        if isinstance(found, Ported):
-            _require_origin(found, network)
     except _UNREADABLE as error:
         what = "cannot be read", "it is cut short or of another kind than its name says: fetch it"
         if path.suffix == ".npz":
@@ -97,18 +95,12 @@ def load(path: str | Path, network: types.ModuleType) -> Ported:
         ) from error
     if not isinstance(found, Ported):
         found = network.port(found, path)
-        try:
-            _require_origin(found, network)
-        except ValueError as error:
-            raise UserError(
-                f"weights {path}: {error} to {network.__name__}; name it in its ORIGINS"
-            ) from error
+    if found.origin not in getattr(network, "ORIGINS", {}):
+        raise UserError(
+            f"weights {path} are of the origin {found.origin!r}, which {network.__name__} does not "
+            "know; port them again, or name it in ORIGINS there"
+        )
     return found
-
-
-def _require_origin(ported: Ported, network: types.ModuleType) -> None:
-    if ported.origin not in getattr(network, "ORIGINS", {}):
-        raise ValueError(f"its origin {ported.origin!r} is unknown")
 
 
 def save(ported: Ported, path: str | Path) -> None:

@@ -44,8 +44,10 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
     for key in ("eval_batch_size", "log_every"):
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} must be at least 1; set --config.{key}")
+    # For what they refuse: a term or measure that does not exist, a crop that cannot be turned.
     losses.terms(config.loss, np.zeros(0, np.int64), experiment.num_classes)
     measures.modules(config.measures)
+    _ = experiment.augmentation
     for key in ("crop_size", "eval_size"):
         size = tuple(config[key])
         points = (0, 0)
@@ -56,7 +58,6 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
                 f"{key}={size} is too small for the backbone: it leaves fewer than 2×2 points; "
                 f"set --config.{key} to (height, width) of 8 pixels or more"
             )
-    _ = experiment.augmentation
     for split in ("validation", config.data.projection_split):
         experiment.examples(split)
     for split in dict.fromkeys((config.data.train_split, config.data.projection_split)):
