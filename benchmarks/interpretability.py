@@ -14,8 +14,7 @@ import sys
 
 from benchmarks import machine
 from protoseg_jax import devices
-from protoseg_jax.evaluation import measures, score
-from protoseg_jax.evaluation.report import mean_deviation
+from protoseg_jax.evaluation import report, score
 from protoseg_jax.run.workdir import Workdir
 
 SCORES = (("miou", "mIoU", 100), ("overlap", "overlap", 100))
@@ -29,7 +28,7 @@ def measured(folder: str, split: str) -> dict:
     if stored.exists():
         result = json.loads(stored.read_text())
         if "interpretability" in result:
-            return {**result, **result["interpretability"]}
+            return {**result, **report.measures_in(result)}
     print(f"measuring {folder}", file=sys.stderr, flush=True)
     result = score.score_run(folder, split, interpretability=True)
     return {**result, **result["interpretability"]}
@@ -64,10 +63,9 @@ def main() -> None:
         f"| {arguments.split}, {', '.join(sorted(phases))} | {' | '.join(names)} |",
         "| --- " * (1 + len(groups)) + "|",
     ]
-    rows = [title for module in measures.modules(known) for title in module.TITLES]
-    for key, name, factor in (*SCORES, *rows):
+    for key, name, factor in (*SCORES, *report.titles(known)):
         cells = [
-            mean_deviation((r.get(key) for r in results), factor, none="–")
+            report.mean_deviation((report.figure(r, key) for r in results), factor, none="–")
             for results in groups.values()
         ]
         if any(c != "–" for c in cells):

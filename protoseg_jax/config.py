@@ -95,7 +95,8 @@ def default() -> ConfigDict:
     c.phases.finetune_pruned = finetune
 
     # What eval.py --interpretability measures: files of evaluation, or dotted paths.
-    c.measures = ("utilisation", "sparsity", "faithfulness", "parts", "novelty")
+    c.measures = ("utilisation", "reach", "sparsity", "faithfulness", "bypass")
+    c.measures += ("part_agreement", "consistency", "stability", "novelty")
     c.log_every = 50  # steps
     c.eval_every = 5_000  # validation inside a phase; 0: never
     c.checkpoint_every = 1_000  # 0: at the end of a phase alone
@@ -153,6 +154,8 @@ def complete(stored: dict[str, Any]) -> ConfigDict:
       UserError: a value is of another type than its key's.
     """
     config, phases = default(), stored.get("phases", {})
+    if "parts" in stored.get("measures", ()):  # a default that is gone; measures make no run
+        stored = {k: v for k, v in stored.items() if k != "measures"}
     absent = {name: {"steps": 0} for name in config.phases if name not in phases}
     try:
         for part in (_BEFORE, {k: v for k, v in stored.items() if k != "phases"}):

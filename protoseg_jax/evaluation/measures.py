@@ -31,9 +31,9 @@ from protoseg_jax.run.experiment import Experiment
 _SEED = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-    """What a measure is made for."""
+    """What a measure is made for; equal to itself alone."""
 
     experiment: Experiment  # the run's data, classes and devices
     inference: Inference  # its model, with c(j) and C
@@ -68,7 +68,8 @@ class Measure:
         every call, measuring again compiles nothing.
       finish: the split's figures by key, fractions, None where there is nothing to measure (host).
       summed: whether `finish` gets sums over the images, in 64 bits; else every image's arrays.
-      inputs: what to add to a batch: arrays by name, a row an image (host).
+      inputs: what to add to a batch, which has what earlier measures added: arrays by name, a row
+        an image (host).
     """
 
     step: Callable[[Seen], Any]
@@ -103,14 +104,14 @@ def take(
 ) -> dict[str, Any]:
     """The figures of all measures, after one pass over a split's evaluation batches."""
     pool, measures = context.experiment.pool, [m for m in measures if m is not None]
-    batches = (
-        {**batch, **{name: rows for m in measures for name, rows in m.inputs(batch).items()}}
-        for batch in batches
-    )
+
+    def add(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return functools.reduce(lambda batch, m: {**batch, **m.inputs(batch)}, measures, batch)
+
     parts = tuple((m.step, m.summed) for m in measures)
     step = make_step(context.inference, context.held_out, parts)
     # All batches are on their way before the first result is fetched.
-    passed = [found for _, found in pool.outputs(step, variables, batches)]
+    passed = [found for _, found in pool.outputs(step, variables, map(add, batches))]
     result = {}
     for m, found in zip(measures, zip(*passed, strict=True), strict=True):
         collect, gather = (total, pool.first) if m.summed else (_joined, pool.all)

@@ -1,8 +1,14 @@
-"""Consistency and stability (Huang et al. 2023), where images have part labels: whether a prototype
-stands for a part, and still does when noise is added."""
+"""What the measures of parts share, where images have part labels: the labels at a map's points,
+and the controls that each such measure is printed beside.
+
+A measure of parts says little by itself: whoever knows where on an object a point lies knows
+something of its parts. So each is also taken of what knows nothing ("random"), of what knows only
+the place ("position") and of what knows the parts ("oracle"); see docs/method.md.
+"""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import cv2
 import jax
@@ -11,84 +17,99 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from protoseg_jax.data.labels import VOID
-from protoseg_jax.evaluation.measures import Context, Measure, Seen, absent
+from protoseg_jax.evaluation.measures import Context, Seen
 from protoseg_jax.evaluation.overlap import top
+from protoseg_jax.images import pad_and_crop
+from protoseg_jax.inference import shrink_labels
+from protoseg_jax.models.prototypes import class_table
 
-TITLES = (("consistency", "consistency", 100), ("stability", "stability", 100))
+GRID = 3  # cells a side of the grid that "position" knows
+CELLS = GRID * GRID
 
-SHARE = 5  # a prototype is active on the fifth of its class's points most similar to it
-CONSISTENT = 0.8  # of the images a part is visible in
-NOISE = 0.2  # σ on the normalised image
-
+_SHARE = 5  # a prototype is active on the fifth of its class's points most similar to it
 _CENTROIDS_STEP = 32  # numbers of centroids are padded to multiples of this: few are compiled
 
 
-def make(context: Context) -> Measure:
-    """`figures` of how often each prototype hits each part over a split."""
-    inference, parts = context.inference, context.experiment.data.part_names
-    if not parts:
-        return absent("consistency", "stability")
-    examples = context.experiment.examples(context.split)
-    of_class = part_classes(examples, len(parts), inference.num_classes)
+class Census(NamedTuple):
+    """What a split holds of each part.
 
-    def inputs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = [
-            centroids_of(examples[int(n)]["parts"], inference.feature_size) if n >= 0 else []
-            for n in batch["index"]
-        ]
-        room = max(-(-max(map(len, found)) // _CENTROIDS_STEP), 1) * _CENTROIDS_STEP
-        filled = [rows + [(-1, 0, 0)] * (room - len(rows)) for rows in found]
-        classes = np.tile(of_class.astype(np.int32), (len(found), 1))
-        return {"centroids": np.array(filled, np.int32), "part_classes": classes}
-
-    return Measure(_step, lambda sums: figures(sums, inference.classes, of_class), inputs=inputs)
-
-
-def _step(seen: Seen) -> dict[str, Array]:
-    """What `figures` wants of one image."""
-    inference, labels, classes = seen.inference, seen.labels, seen.inference.classes
-    centroids, part_classes = seen.batch["centroids"], seen.batch["part_classes"]
-    num_parts = len(part_classes)
-    normalised = inference.preprocessing.normalise(seen.batch["image"][None])
-    noise = jax.random.normal(jax.random.split(seen.key, 3)[2], normalised.shape)
-    noisy = inference.model.apply(seen.variables, normalised + NOISE * noise)
-    hits, noisy_hits = (
-        part_hits(similarities, labels, classes, centroids, num_parts)
-        for similarities in (seen.output.similarities, noisy.similarities[0])
-    )
-    visible = (centroids[:, :1] == jnp.arange(num_parts)).any(0)
-    # Elsewhere a prototype could hit nothing, with noise or without.
-    own = (labels[..., None] == classes).any((0, 1))
-    own &= ((part_classes[:, None] == classes) & visible[:, None]).any(0)
-    unchanged = ((hits == noisy_hits).all(0) & own).sum()
-    return {"hits": hits, "visible": visible, "unchanged": unchanged, "pairs": own.sum()}
-
-
-def part_hits(
-    similarities: Float[Array, "h w m"],
-    labels: Int[Array, "h w"],
-    prototype_classes: Int[np.ndarray, " m"],
-    centroids: Int[Array, "n 3"],
-    num_parts: int,
-) -> Bool[Array, "k m"]:
-    """Whether a prototype's active points contain the centroid of a component of a part.
-
-    A prototype is active on the points of its class whose similarity is at or above its (linear)
-    80 % quantile over them.
-
-    Args:
-      similarities: eq. 1.
-      labels: Y_Z.
-      prototype_classes: c(j).
-      centroids: (part, row, col) on the feature map; part −1 for a filling.
-      num_parts: K.
+    Attributes:
+      classes: the class that most of its pixels have; −1 for a part that is nowhere.
+      pixels: of that class.
     """
-    own = labels[..., None] == jnp.asarray(prototype_classes)
-    active = jax.vmap(functools.partial(top, share=SHARE), -1, -1)(similarities, own)
-    part, row, col = centroids.T
-    at = active[row, col] & (part >= 0)[:, None]
-    of = part[:, None] == jnp.arange(num_parts)
-    return (of[:, :, None] & at[:, None]).any(0)
+
+    classes: Int[np.ndarray, " k"]
+    pixels: Int[np.ndarray, " k"]
+
+
+@functools.lru_cache(maxsize=4)
+def census(context: Context) -> Census:
+    """Of the split; taken once, whatever asks for it."""
+    source, num_classes = context.experiment.examples(context.split), context.inference.num_classes
+    counts = np.zeros(256 * 256, np.int64)
+    for number in range(len(source)):
+        example = source[number]
+        cells = 256 * example["parts"].astype(np.int64) + example["label"]
+        counts += np.bincount(cells.ravel(), minlength=len(counts))
+    num_parts = len(context.experiment.data.part_names)
+    counts = counts.reshape(256, 256)[1 : num_parts + 1, :num_classes]
+    return Census(np.where(counts.any(1), counts.argmax(1), -1), counts.max(1))
+
+
+def allot(found: Census, prototype_classes: Int[np.ndarray, " m"]) -> Int[np.ndarray, "k n"]:
+    """The oracle's prototypes of each part, −1 for a filling: a class's own, by their parts' area.
+
+    Every part gets one as far as they go, the larger first; then each goes to the part with most
+    pixels to a prototype. Parts that get none share that of the smallest part that has one.
+    """
+    num_parts = len(found.classes)
+    owned: list[list[int]] = [[] for _ in range(num_parts)]
+    for c in np.unique(found.classes[found.classes >= 0]):
+        parts = [k for k in np.argsort(-found.pixels, kind="stable") if found.classes[k] == c]
+        own = np.flatnonzero(prototype_classes == c).tolist()
+        for j in own:
+            k = max(parts, key=lambda k: found.pixels[k] / (len(owned[k]) or 1e-9))
+            owned[k].append(j)
+        last = [owned[k] for k in parts if owned[k]][-1:]
+        for k in parts:
+            owned[k] = owned[k] or [j for own in last for j in own]
+    most = max(map(len, owned), default=0) or 1
+    return np.array([own + [-1] * (most - len(own)) for own in owned], np.int64).reshape(-1, most)
+
+
+def inputs(context: Context) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What measures of parts add to a batch, whichever of them asks first.
+
+    Gives:
+      "parts": uint8 [B H W], part labels on the canvas of the labels;
+      "centroids": int32 [B n 3], `centroids_of` them, part −1 for a filling;
+      "part_classes": int32 [B K]; "allotted": int32 [B K n], as `allot` gives it.
+    """
+    examples, size = context.experiment.examples(context.split), context.inference.feature_size
+    found = census(context)
+    allotted = allot(found, context.inference.classes).astype(np.int32)
+
+    def add(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if "centroids" in batch:
+            return {}
+        labels, canvas = batch["label"], batch["label"].shape[1:]
+        parts, centroids = np.zeros_like(labels, np.uint8), []
+        for row, n in enumerate(batch["index"]):
+            centroids.append([])
+            if n >= 0:
+                image = examples[int(n)]["parts"]
+                parts[row] = pad_and_crop(image, (0, 0, *canvas), 0)
+                centroids[row] = centroids_of(image, size)
+        room = max(-(-max(map(len, centroids)) // _CENTROIDS_STEP), 1) * _CENTROIDS_STEP
+        filled = [rows + [(-1, 0, 0)] * (room - len(rows)) for rows in centroids]
+        return {
+            "parts": parts,
+            "centroids": np.array(filled, np.int32),
+            "part_classes": np.tile(found.classes.astype(np.int32), (len(labels), 1)),
+            "allotted": np.tile(allotted, (len(labels), 1, 1)),
+        }
+
+    return add
 
 
 def centroids_of(
@@ -114,41 +135,108 @@ def centroids_of(
     return found
 
 
-def part_classes(source: Any, num_parts: int, num_classes: int) -> Int[np.ndarray, " k"]:
-    """The class that most pixels of each part have, over all examples ("label", "parts"); −1 for a
-    part that is nowhere."""
-    counts = np.zeros(256 * 256, np.int64)
-    for number in range(len(source)):
-        example = source[number]
-        cells = 256 * example["parts"].astype(np.int64) + example["label"]
-        counts += np.bincount(cells.ravel(), minlength=len(counts))
-    counts = counts.reshape(256, 256)[1 : num_parts + 1, :num_classes]
-    return np.where(counts.any(1), counts.argmax(1), -1)
+# -- on the device -----------------------------------------------------------------------------
 
 
-def figures(
-    sums: dict[str, np.ndarray], prototype_classes: np.ndarray, part_classes: np.ndarray
-) -> dict[str, float | None]:
-    """Over the prototypes of classes with parts; None without any.
+def own_parts(seen: Seen) -> Int[Array, "h w"]:
+    """The part of its own class that each point of the map has, from 0; −1 without one."""
+    batch, classes = seen.batch, seen.batch["part_classes"]
+    part = shrink_labels(batch["parts"][None], batch["size"][None], seen.labels.shape)[0]
+    part = jnp.where((part > 0) & (part <= len(classes)), part - 1, -1)
+    return jnp.where(classes[part] == seen.labels, part, -1)  # void is no part's class
+
+
+def hits(
+    similarities: Float[Array, "h w m"],
+    seen: Seen,
+    prototype_classes: Int[np.ndarray, " m"] | None = None,
+) -> Bool[Array, "k m"]:
+    """Whether a prototype's active points contain the centroid of a component of a part of its own
+    class.
+
+    A prototype is active on the points of its class whose similarity is at or above its (linear)
+    80 % quantile over them.
 
     Args:
-      sums: images in which a prototype hit a part ("hits" [k m]) and in which a part is visible
-        ("visible" [k]); (prototype, image) pairs ("pairs") and those whose hits are the same under
-        noise ("unchanged").
-      prototype_classes: c(j), [M].
-      part_classes: the class of each part, [K].
-
-    Returns:
-      "consistency": the share of prototypes that hit a part in more than 80 % of the images where
-      it is visible; "stability": the share of pairs unchanged.
+      similarities: eq. 1, or what takes its place.
+      seen: the image.
+      prototype_classes: c(j); by default the model's.
     """
-    judged, pairs = np.isin(prototype_classes, part_classes), sums["pairs"]
-    if not judged.any():
-        return {"consistency": None, "stability": None}
-    # A part of another class is never hit, for only points of a prototype's own are active.
-    often = sums["hits"] > CONSISTENT * sums["visible"][:, None]
-    consistent = (often & (sums["visible"] > 0)[:, None]).any(0)
-    return {
-        "consistency": float(consistent[judged].mean()),
-        "stability": float(sums["unchanged"] / pairs) if pairs else None,
-    }
+    classes = seen.inference.classes if prototype_classes is None else prototype_classes
+    inside = seen.labels[..., None] == jnp.asarray(classes)
+    active = jax.vmap(functools.partial(top, share=_SHARE), -1, -1)(similarities, inside)
+    part, row, col = seen.batch["centroids"].T
+    at = active[row, col] & (part >= 0)[:, None]
+    of = part[:, None] == jnp.arange(len(seen.batch["part_classes"]))
+    own = seen.batch["part_classes"][:, None] == jnp.asarray(classes)
+    return (of[:, :, None] & at[:, None]).any(0) & own
+
+
+def visible(seen: Seen) -> Bool[Array, " k"]:
+    """The parts that have a pixel."""
+    part = seen.batch["centroids"][:, :1]
+    return (part == jnp.arange(len(seen.batch["part_classes"]))).any(0)
+
+
+def places(
+    labels: Int[Array, "h w"], num_classes: int
+) -> tuple[Float[Array, "h w c"], Float[Array, "h w c"]]:
+    """(y, x) of each point in the box around the points of each class, [0, 3) inside it."""
+    own = labels[..., None] == jnp.arange(num_classes)
+
+    def along(axis: int) -> Float[Array, "h w c"]:
+        there = own.any(1 - axis)  # [h c] or [w c]
+        size = there.shape[0]
+        low, high = there.argmax(0), size - there[::-1].argmax(0)  # half-open
+        place = GRID * (jnp.arange(size)[:, None] + 0.5 - low) / jnp.maximum(high - low, 1)
+        return jnp.broadcast_to(jnp.expand_dims(place, 1 - axis), own.shape)
+
+    return along(0), along(1)
+
+
+def cells(seen: Seen) -> Int[Array, "h w"]:
+    """The cell of the grid over its class's box that each point lies in; any at void points."""
+    y, x = places(seen.labels, seen.inference.num_classes)
+    at = jnp.minimum(seen.labels, seen.inference.num_classes - 1)[..., None]
+    y, x = (jnp.take_along_axis(v, at, -1)[..., 0] for v in (y, x))
+    row, col = (jnp.clip(jnp.floor(v), 0, GRID - 1).astype(jnp.int32) for v in (y, x))
+    return GRID * row + col
+
+
+def nearness(seen: Seen) -> Float[Array, "h w n"]:
+    """What a prototype is that knows the place alone: to each class and cell, how near a point is
+    to the middle of the cell; classes ascending, `CELLS` each."""
+    row, col = np.divmod(np.arange(CELLS), GRID)
+    y, x = (v[..., None] for v in places(seen.labels, seen.inference.num_classes))
+    near = -jnp.square(y - row - 0.5) - jnp.square(x - col - 0.5)
+    return near.reshape(*seen.labels.shape, -1)
+
+
+def random_prototypes(seen: Seen, key: Array) -> Int[Array, "h w"]:
+    """Any prototype of its class for each point; −1 where the class has none."""
+    table = class_table(seen.inference.classes, seen.inference.num_classes)
+    rows = jnp.asarray(table)[jnp.minimum(seen.labels, len(table) - 1)]
+    return _any_of(rows, key)
+
+
+def oracle_prototypes(seen: Seen, part: Int[Array, "h w"], key: Array) -> Int[Array, "h w"]:
+    """Any prototype of those allotted to its part for each point; some at points without one."""
+    return _any_of(seen.batch["allotted"][part], key)
+
+
+def _any_of(rows: Int[Array, "h w n"], key: Array) -> Int[Array, "h w"]:
+    """One of the entries ≥ 0, which come first, at random."""
+    count = (rows >= 0).sum(-1)
+    drawn = jnp.floor(jax.random.uniform(key, rows.shape[:2]) * count).astype(jnp.int32)
+    return jnp.take_along_axis(rows, jnp.minimum(drawn, count - 1)[..., None] % rows.shape[-1], -1)[
+        ..., 0
+    ]
+
+
+def titles(key: str, title: str) -> tuple[tuple[str, str, int], ...]:
+    """A measure of parts and its controls, as tables show them: never one without the other."""
+    controls = ("position", "random", "oracle")
+    return (
+        (key, title, 100),
+        *((f"{key}_{name}", f"{title.split(',')[0]}: {name}", 100) for name in controls),
+    )

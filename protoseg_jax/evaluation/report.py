@@ -60,15 +60,35 @@ def change_table(before: dict[str, Any], after: dict[str, Any], names: Sequence[
 
 def measure_lines(found: dict[str, Any], names: Iterable[str]) -> list[str]:
     """The figures that there are of the measures of these names, a line each."""
+    figures = ((title, figure(found, key), factor) for key, title, factor in titles(names))
     return [
-        f"{title}  " + (f"{100 * found[key]:.2f} %" if factor == 100 else f"{found[key]:.4g}")
-        for key, title, factor in _titles(names)
-        if found.get(key) is not None
+        f"{title}  " + (f"{100 * value:.2f} %" if factor == 100 else f"{value:.4g}")
+        for title, value, factor in figures
+        if value is not None
     ]
 
 
-def _titles(names: Iterable[str]) -> list[tuple[str, str, int]]:
+def titles(names: Iterable[str]) -> list[tuple[str, str, int]]:
+    """(key, name, factor) of all figures of the measures of these names."""
     return [title for module in measures.modules(names) for title in module.TITLES]
+
+
+def figure(found: dict[str, Any], key: str) -> float | None:
+    """A figure by its key, "outer.inner" of one inside another; None where there is none."""
+    for name in key.split("."):
+        found = (found or {}).get(name)
+    return found
+
+
+def measures_in(scores: dict[str, Any]) -> dict[str, Any]:
+    """The measures in what `score_run` has written, as they are defined now.
+
+    Consistency without its controls, and the stability beside it, are of an older definition.
+    """
+    found = dict(scores.get("interpretability") or {})
+    if "consistency_position" not in found:
+        found = {k: v for k, v in found.items() if k not in ("consistency", "stability")}
+    return found
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
@@ -200,7 +220,7 @@ def read(folder: str) -> Run:
     for path in (workdir.path / "eval").glob("validation-*.json"):
         scores = read_json(path)
         if "interpretability" in scores and not scores.get("flips"):
-            taken[scores["phase"]] = scores["interpretability"]
+            taken[scores["phase"]] = measures_in(scores)
     phases = {entry["phase"]: entry for entry in workdir.summary()}
     return Run(json.loads(workdir.config().to_json()), phases, taken)
 
@@ -256,11 +276,11 @@ def _measures(runs: Sequence[Run]) -> list[str]:
         rows.setdefault((key, weight), []).append(run.measures[_LAST])
     if not rows:
         return []
-    titles = _titles(dict.fromkeys(name for run in measured for name in run.config["measures"]))
-    head = (f"{name}, %" if factor == 100 else name for _, name, factor in titles)
+    columns = titles(dict.fromkeys(name for run in measured for name in run.config["measures"]))
+    head = (f"{name}, %" if factor == 100 else name for _, name, factor in columns)
     lines = []
     for key, found in rows.items():
-        cells = (mean_deviation((m.get(k) for m in found), f, none="–") for k, _, f in titles)
+        cells = (mean_deviation((figure(m, k) for m in found), f, none="–") for k, _, f in columns)
         lines.append(" | ".join((*key, *cells)))
     head = " | ".join(("data", "λ_J", *head))
     return [_markdown("Measures of explanations, validation", head, lines)]

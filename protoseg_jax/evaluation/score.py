@@ -119,7 +119,7 @@ def score_run(
     }
     suffix = "-flips" if flips else ""
     stored = run.workdir.path / "eval" / f"{split}-{run.phase}{suffix}.json"
-    kept = read_json(stored, {}).get("interpretability", {})  # of the same checkpoint: they hold
+    kept = report.measures_in(read_json(stored, {}))  # of the same checkpoint: they hold
     if interpretability:
         kept = kept if measures else {}
         kept |= measure(experiment, run.checkpoint, split, measures)

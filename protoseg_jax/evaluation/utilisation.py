@@ -25,12 +25,21 @@ def wins(
     labels: Int[Array, "h w"],
     prototype_classes: Int[np.ndarray, " m"],
 ) -> Int[Array, " m"]:
-    """Points of each prototype's class at which it is the most similar of them; ties go to the
-    first."""
+    """Points of each prototype's class at which it is the most similar of them."""
+    winners = most_similar(similarities, labels, prototype_classes)
+    return jnp.zeros(similarities.shape[-1] + 1, jnp.int32).at[winners.reshape(-1)].add(1)[:-1]
+
+
+def most_similar(
+    similarities: Float[Array, "h w m"],
+    labels: Int[Array, "h w"],
+    prototype_classes: Int[np.ndarray, " m"],
+) -> Int[Array, "h w"]:
+    """Of each point's true class the prototype that is most similar, the first of equals; M where
+    the class has none."""
     own = labels[..., None] == jnp.asarray(prototype_classes)
     best = jnp.where(own, similarities, -jnp.inf).argmax(-1)
-    winners = jnp.where(own.any(-1), best, similarities.shape[-1])
-    return jnp.zeros(similarities.shape[-1] + 1, jnp.int32).at[winners.reshape(-1)].add(1)[:-1]
+    return jnp.where(own.any(-1), best, similarities.shape[-1])
 
 
 def figures(won: Int[np.ndarray, " m"], prototype_classes: Int[np.ndarray, " m"]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The measures against literal NumPy versions; permutations, ranges, N devices = 1 device."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -10,14 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protoseg_jax import models
 from protoseg_jax.config import default
 from protoseg_jax.data.labels import VOID
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import (
+    bypass,
     faithfulness,
     novelty,
-    parts,
+    reach,
     report,
     score,
     sparsity,
@@ -25,7 +28,7 @@ from protoseg_jax.evaluation import (
 )
 from protoseg_jax.inference import Inference
 from protoseg_jax.models import preprocessing
-from protoseg_jax.models.protoseg import Output
+from protoseg_jax.models.protoseg import Output, ProtoSeg
 
 CLASSES = np.array([0, 0, 0, 1, 1, 2])  # of the prototypes; class 3 has none
 C, M, K = 4, len(CLASSES), 5
@@ -107,42 +110,6 @@ def test_survivors_and_their_orders(seed):
     assert got[:, 0].all() and not got[:, -1].any()
 
 
-def slow_hits(similarities, labels, centroids):
-    hits = np.zeros((K, M), bool)
-    for j, c in enumerate(CLASSES):
-        values = similarities[..., j].astype(np.float64)[labels == c]
-        if len(values):
-            active = (labels == c) & (similarities[..., j] >= np.quantile(values, 0.8))
-            for part, row, col in centroids:
-                hits[part, j] |= active[row, col]
-    return hits
-
-
-part_hits = jax.jit(functools.partial(parts.part_hits, prototype_classes=CLASSES, num_parts=K))
-
-
-@settings(max_examples=30, deadline=None)
-@given(SEEDS)
-def test_part_hits(seed):
-    similarities, _, _, labels = example(seed)
-    rng = np.random.default_rng(seed)
-    centroids = [(rng.integers(K), rng.integers(6), rng.integers(7)) for _ in range(9)]
-    padded = np.array([*centroids, (-1, 0, 0), (-1, 0, 0)])
-    got = part_hits(similarities, labels, centroids=padded)
-    np.testing.assert_array_equal(got, slow_hits(similarities, labels, centroids))
-
-
-def test_centroids_of_components():
-    image = np.zeros((20, 40), np.uint8)
-    image[2:5, 3:8] = 2  # middle (3, 5)
-    image[10:19, 30:33] = 2  # middle (14, 31)
-    image[0, 39] = 4
-    image[6] = VOID
-    found = parts.centroids_of(image, (5, 10))
-    assert sorted(found) == [(1, 0, 1), (1, 3, 7), (3, 0, 9)]
-    assert parts.centroids_of(np.zeros((3, 3), np.uint8), (2, 2)) == []
-
-
 class Model:
     """Features are block means of the image; prototypes are points of colour space."""
 
@@ -202,7 +169,9 @@ def experiment(devices, void=VOID, part_names=("a", "b", "c", "d", "e"), names=N
     normalise = preprocessing.KNOWN["imagenet"]
     config = default()
     config.measures = names or config.measures
+    config.crop_size = (16, 28)
     return SimpleNamespace(
+        labels=SimpleNamespace(names=("no", "one", "two", "three")),
         pool=DevicePool(jax.local_devices()[:devices]),
         config=config,
         held_out=None,
@@ -223,19 +192,20 @@ def test_a_whole_split_against_a_literal_pass():
     source, _ = split()
     kernel = CHECKPOINT.variables["params"]["head"]["kernel"]
     normalise = preprocessing.KNOWN["imagenet"].normalise
-    counts, needed, hits = np.zeros(M, int), [], np.zeros((K, M), int)
-    visible, novelty, held = np.zeros(K, int), [], []
+    counts, needed, novelty, held = np.zeros(M, int), [], [], []
+    reached, present = np.zeros(M), np.zeros(M)
     for item in source:
         normalised = normalise(item["image"][None])
         output = MODEL.apply(CHECKPOINT.variables, normalised)
         output = jax.tree.map(lambda x: np.asarray(x[0]), output)
         labels = item["label"][2::4, 2::4]
-        counts += slow_wins(output.similarities, labels)
+        wins = slow_wins(output.similarities, labels)
+        counts += wins
+        points = np.array([(labels == c).sum() for c in CLASSES])
+        reached += wins >= np.maximum(0.05 * points, 1)
+        present += points > 0
         here = np.asarray(sparsity.prototypes_needed(output.similarities, output.logits, kernel))
         needed += here[(labels != VOID) & (labels != 3)].tolist()  # 3 is held out
-        centroids = parts.centroids_of(item["parts"], (6, 7))
-        hits += slow_hits(output.similarities, labels, centroids)
-        visible[list({part for part, _, _ in centroids})] += 1
         novelty += output.distances.min(-1)[labels != VOID].tolist()
         held += (labels == 3)[labels != VOID].tolist()
     got = measured(1, held_out=3)
@@ -246,18 +216,13 @@ def test_a_whole_split_against_a_literal_pass():
         entropies.append(-sum(p * np.log(p) for p in share if p) / np.log(len(share)))
     assert got["utilisation"] == pytest.approx(np.mean(entropies))
     assert got["sparsity"] == pytest.approx(np.mean([n for n in needed if n]))
-    part_classes = parts.part_classes(source, K, C)
-    assert part_classes.tolist() == [0, 0, 1, 1, -1]
-    consistent = [
-        any(hits[k, j] > 0.8 * visible[k] for k in range(K) if visible[k])
-        for j in range(M)
-        if CLASSES[j] in (0, 1)
-    ]
-    assert got["consistency"] == pytest.approx(np.mean(consistent))
+    assert got["reach"]["prototypes"] == pytest.approx(reached / present)
+    assert got["reach"]["mean"] == pytest.approx(np.mean(reached / present))
+    middle = np.sort(reached / present)[2:4].mean()
+    assert got["reach"]["median"] == pytest.approx(middle)
     novelty, held = np.array(novelty), np.array(held)
     above = novelty[held][:, None] > novelty[~held]
     assert got["novelty_auroc"] == pytest.approx(above.mean())
-    assert 0 <= got["stability"] <= 1
     for curve in (got["survival"], got["random_survival"]):
         assert curve[0] == 1.0 and curve[-1] == 0.0 and len(curve) == M + 1
     area = np.mean(np.array(got["random_survival"]) - np.array(got["survival"]))
@@ -266,9 +231,8 @@ def test_a_whole_split_against_a_literal_pass():
 
 def test_devices_do_not_matter():
     one, four = measured(1, held_out=3), measured(4, held_out=3)
-    assert one.keys() == four.keys()
-    for key, value in one.items():
-        assert value == pytest.approx(four[key]), key
+    assert one.pop("bypass") == pytest.approx(four.pop("bypass"))  # a sum of float32
+    assert one == four
     one, four = (score.evaluate(experiment(n), CHECKPOINT, "validation") for n in (1, 4))
     assert one["iou"] == four["iou"] and 0 < one["overlap"] < 1
     for key in ("miou", "overlap", "overlap_pooled"):
@@ -277,7 +241,7 @@ def test_devices_do_not_matter():
 
 def test_the_network_is_asked_once_and_measuring_again_compiles_nothing():
     model = Model()
-    changes = {"names": ("sparsity", "parts"), "model": model}
+    changes = {"names": ("sparsity", "stability"), "model": model}
     measured(1, **changes)
     assert model.seen == 3  # also for the noisy image of stability, and the size of the map
     score.evaluate(experiment(1, model=model), CHECKPOINT, "validation", overlap=False)
@@ -286,13 +250,6 @@ def test_the_network_is_asked_once_and_measuring_again_compiles_nothing():
     again = score.evaluate(experiment(1, model=model), CHECKPOINT, "validation", overlap=False)
     assert model.seen == 5  # the size of the map
     assert [*again][-2:] == ["overlap", "overlap_pooled"] and again["overlap"] is None
-
-
-def test_without_noise_all_is_stable(monkeypatch):
-    for noise in (0.0, 3.0):
-        monkeypatch.setattr(parts, "NOISE", noise)
-        stability = measured(1, names=("parts",), model=Model())["stability"]
-        assert stability == 1.0 if noise == 0 else stability < 1.0
 
 
 def test_utilisation_is_1_when_shared_alike_and_0_when_one_wins_all():
@@ -307,18 +264,9 @@ def test_nothing_is_measured_where_no_point_has_a_class():
     assert sparsity.make(None).finish((0, 0)) == {"sparsity": None}
     curve = np.zeros(M + 1, int)
     assert set(faithfulness.figures((curve, curve, 0)).values()) == {None}
-    sums = {"hits": np.zeros((1, M)), "visible": np.zeros(1), "unchanged": 0, "pairs": 0}
-    assert parts.figures(sums, CLASSES, np.array([0])) == {"consistency": 0.0, "stability": None}
-    assert set(parts.figures(sums, CLASSES, np.array([-1])).values()) == {None}
-
-
-def test_without_parts_there_is_no_consistency():
-    result = measured(1, part_names=None, names=("utilisation", "parts", "novelty"))
-    assert result["consistency"] is None and result["stability"] is None
-    assert "novelty_auroc" not in result
-    lines = report.measure_lines(result, default().measures)
-    assert not [x for x in lines if x.startswith(("consistency", "stability", "novelty"))]
-    assert lines[0] == f"utilisation  {100 * result['utilisation']:.2f} %"
+    nothing = {"reached": np.zeros(M, int), "present": np.zeros(C, int)}
+    found = reach.figures(nothing, CLASSES)["reach"]
+    assert found.pop("prototypes") == [None] * M and set(found.values()) == {None}
 
 
 MINE = """
@@ -364,6 +312,38 @@ def test_a_held_out_class_counts_for_novelty_alone():
     with_it = measured(1, held_out=3)
     with_it.pop("novelty_auroc")
     assert with_it == measured(1, void=3)
+
+
+class Leaky(ProtoSeg):
+    """A head with a way around its prototypes."""
+
+    def classify(self, maps):
+        output = super().classify(maps)
+        return output.replace(logits=output.logits + maps[..., : self.num_classes])
+
+
+@pytest.mark.parametrize("kind", ["prototypes", "linear", "leaky"])
+def test_nothing_bypasses_the_prototypes(kind):
+    """Exactly nothing of ProtoSeg's response to an image; all of the black box's; some of a head
+    that looks at the features too."""
+    c = default().model
+    c.update({"backbone": "unet", "depth": 2, "width": 4, "output_stride": 4, "features": 6})
+    c.head = "linear" if kind == "linear" else "prototypes"
+    model = models.build(c, C, M, jnp.float32)
+    if kind == "leaky":
+        own = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
+        model = Leaky(**{name: getattr(model, name) for name in own})
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    variables = model.init(jax.random.key(1), image[None].astype(np.float32) / 255)
+    inference = Inference(model, preprocessing.KNOWN["imagenet"], (32, 48), tuple(CLASSES), C)
+    held, whole = jax.jit(functools.partial(bypass.responses, inference))(
+        variables, image, jax.random.key(2)
+    )
+    assert whole > 0
+    if kind == "leaky":
+        assert 0 < held != whole
+    else:
+        assert held == (whole if kind == "linear" else 0.0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))

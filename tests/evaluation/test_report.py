@@ -159,16 +159,21 @@ def test_measures_of_explanations_have_a_table(tmp_path):
     for folder, sparsity in zip(folders[:2], (2.0, 4.0), strict=True):
         path = tmp_path / folder / "eval" / "validation-finetune_pruned.json"
         path.parent.mkdir()
-        found = {"utilisation": 0.5, "unused": 3, "sparsity": sparsity, "consistency": None}
+        found = {"utilisation": 0.5, "unused": 3, "sparsity": sparsity, "consistency": 0.4}
+        found["reach"] = {"mean": sparsity / 20 + 0.05}
         path.write_text(json.dumps({"phase": "finetune_pruned", "interpretability": found}))
     text = report.tables([report.read(f) for f in folders])
-    row = cells(text, "parts", "0.25")
-    assert row[:5] == ["parts", "0.25", "50.00 ± 0.00", "3.00 ± 0.00", "3.00 ± 1.41"]
-    assert row[6] == "–"
+    row = dict(zip(cells(text, "λ_J", "utilisation"), cells(text, "parts", "0.25"), strict=True))
+    assert row["data"] == "parts" and row["λ_J"] == "0.25"
+    assert row["utilisation, %"] == "50.00 ± 0.00"
+    assert row["prototypes that win no point"] == "3.00 ± 0.00"
+    assert row["sparsity: prototypes a decision"] == "3.00 ± 1.41"
+    assert row["reach, mean, %"] == "20.00 ± 7.07" and row["consistency, %"] == "–"
 
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     config["data"]["held_out"] = "car"
     (tmp_path / "b" / "config.json").write_text(json.dumps(config))
     text = report.tables([report.read(f) for f in folders])
-    assert cells(text, "parts |", "0.25")[4] == "2.00"
-    assert cells(text, "parts without car", "0.25")[4] == "4.00"
+    at = cells(text, "λ_J", "utilisation").index("sparsity: prototypes a decision")
+    assert cells(text, "parts |", "0.25")[at] == "2.00"
+    assert cells(text, "parts without car", "0.25")[at] == "4.00"
