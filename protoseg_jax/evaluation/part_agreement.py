@@ -121,6 +121,30 @@ def figures(
     return {**means, "prototypes_that_win": wins, "left_out": left_out, "classes": classes}
 
 
+def standing_for(found: dict[str, Any] | None, count: int) -> list[tuple[str, float, float] | None]:
+    """Of each prototype the part that it stands for: (name, share of the points at which it is the
+    most similar of its class, the part's share of the class's points).
+
+    None where no part's share is more than its area, which it would be by chance: such a prototype
+    stands for no part. Points without a part label are left out.
+
+    Args:
+      found: what `figures` gives; None of a data set without parts.
+      count: M.
+    """
+    result: list[tuple[str, float, float] | None] = [None] * count
+    for entry in (found or {"classes": {}})["classes"].values():
+        table = np.array(entry["table"], np.float64)
+        areas = table.sum(1) / max(table.sum(), 1)
+        for j, points in zip(entry["prototypes"], table.T, strict=True):
+            shares = points / max(points.sum(), 1)
+            above = np.where(shares > areas, shares, 0.0)
+            if above.any():
+                k = int(above.argmax())
+                result[j] = entry["parts"][k], float(shares[k]), float(areas[k])
+    return result
+
+
 def agreement(table: Int[np.ndarray, "k n"]) -> tuple[float, float, float]:
     """(V, homogeneity, completeness) of points by part and prototype, each adjusted for chance.
 

@@ -26,7 +26,7 @@ from protoseg_jax.models.prototypes import class_table
 GRID = 3  # cells a side of the grid that "position" knows
 CELLS = GRID * GRID
 
-_SHARE = 5  # a prototype is active on the fifth of its class's points most similar to it
+SHARE = 5  # a prototype is active on the fifth of its class's points most similar to it
 _CENTROIDS_STEP = 32  # numbers of centroids are padded to multiples of this: few are compiled
 
 
@@ -164,7 +164,7 @@ def hits(
     """
     classes = seen.inference.classes if prototype_classes is None else prototype_classes
     inside = seen.labels[..., None] == jnp.asarray(classes)
-    active = jax.vmap(functools.partial(top, share=_SHARE), -1, -1)(similarities, inside)
+    active = jax.vmap(functools.partial(top, share=SHARE), -1, -1)(similarities, inside)
     part, row, col = seen.batch["centroids"].T
     at = active[row, col] & (part >= 0)[:, None]
     of = part[:, None] == jnp.arange(len(seen.batch["part_classes"]))

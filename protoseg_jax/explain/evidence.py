@@ -6,9 +6,12 @@ theirs to the margin of a over b. A pixel's logits are bilinear in those of the 
 (docs/method.md), and so are its similarities: the same sums hold at every pixel.
 """
 
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from protoseg_jax.evaluation.measures import Context, Measure, Seen, take
@@ -112,18 +115,18 @@ def explain_pixels(
     )
 
 
-def point_counts(run: Finished, split: str) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-    """(points won, points of its class) of each prototype over a split, int64.
+def point_counts(run: Finished, split: str, also: Sequence[ModuleType] = ()) -> dict[str, Any]:
+    """Points of each prototype over a split, int64 [M], and what further measures find in the pass.
 
-    A point is won by the prototype that contributes most to the class it gets; of its true class's
-    prototypes it belongs to the one that is most similar (Fig. 5).
+    "won": by contributing most to the class that the point gets. "used": of its true class's
+    prototypes it is the most similar there (Fig. 5).
     """
     say(f"counting the points of each prototype in {split}")
     context = Context(run.experiment, run.inference, split)
     batches = run.experiment.eval_batches(split)
     counts = Measure(_counts, lambda found: {"won": found[0], "used": found[1]})
-    found = take(context, [counts], run.checkpoint.variables, batches)
-    return found["won"], found["used"]
+    made = [counts, *(module.make(context) for module in also)]
+    return take(context, made, run.checkpoint.variables, batches)
 
 
 def _counts(seen: Seen) -> tuple[Int[Array, " m"], Int[Array, " m"]]:

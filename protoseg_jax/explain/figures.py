@@ -119,7 +119,7 @@ def draw_figures(
     sides = []
     for model, name in zip(models, titles, strict=True):
         found = (model.explain(picture.image) for picture in pictures)
-        _, counts = point_counts(model, split)
+        counts = point_counts(model, split)["used"]
         seen = [Seen(x.segmentation.labels, x.similarities, x.winning_prototype) for x in found]
         sides.append(Side(name, model.prototypes, counts, seen, f", {name}" if compare else ""))
     target = Path(out) if out else models[0].workdir.path / "figures"

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int, UInt8
 from protoseg_jax import images
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import part_agreement, reach
 from protoseg_jax.explain import mistakes
 from protoseg_jax.explain.evidence import point_counts
 from protoseg_jax.explain.model import Model, Picture
@@ -43,6 +44,21 @@ _TEMPLATE = Path(__file__).with_name("explorer.html")
 
 Nearest = tuple[UInt8[np.ndarray, "h w 3"], int, str]
 """A patch with its surroundings, its class, and the image it is from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What a prototype stands for over a split; None where that was not counted.
+
+    Attributes:
+      share: of all points, those that it wins.
+      reach: of the images with its class, those that it reaches (`evaluation/reach.py`).
+      part: its part, by `part_agreement.standing_for`; None where it stands for none.
+    """
+
+    share: float | None = None
+    reach: float | None = None
+    part: tuple[str, float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +106,7 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
     _check_target(target)
     notes: list[str] = []
     given = model.pictures(split, paths) if paths else []  # what cannot be read is told at once
-    shares, nearest = [None] * len(model.prototypes), [[]] * len(model.prototypes)
+    standings, nearest = [Standing()] * len(model.prototypes), [[]] * len(model.prototypes)
     try:
         data = model.experiment.data
     except UserError as error:
@@ -98,7 +114,8 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
             raise UserError(f"{error}; or name images with --images=PATH,…") from error
         data = None
         notes.append(
-            "The data set is not at hand: shares of points won and nearest patches are left out."
+            "The data set is not at hand: what prototypes stand for over a split and their nearest "
+            "patches are left out."
         )
     if not model.projected:
         notes.append(
@@ -112,14 +129,16 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
         notes.append(f"The training images of {which} are not with the run; their patches are.")
     shown = [x for picture in given or model.pictures(split) for x in _shown(model, picture)]
     if data:
-        won, _ = point_counts(model, split)
-        shares, nearest = (won / max(won.sum(), 1)).tolist(), _nearest(model)
+        standings, nearest = _standings(model, split), _nearest(model)
     facts = [f"phase {model.phase}", f"{len(model.prototypes)} prototypes"]
     facts += [f"{len(model.classes)} classes", "your images" if paths else f"{split} images"]
     scores = {entry["phase"]: entry["miou"] for entry in model.workdir.summary()}
+    facts += [f"shares counted over {split}"] if data else []
     if scores.get(model.phase) is not None:
         facts.append(f"validation mIoU {100 * scores[model.phase]:.1f} %")
-    write(target, model, facts=facts, notes=notes, shares=shares, nearest=nearest, shown=shown)
+    write(
+        target, model, facts=facts, notes=notes, standings=standings, nearest=nearest, shown=shown
+    )
     return target / "index.html"
 
 
@@ -154,6 +173,14 @@ def _shown(model: Model, picture: Picture) -> list[Shown]:
     return found
 
 
+def _standings(model: Model, split: str) -> list[Standing]:
+    """What each prototype stands for over a split, in one pass."""
+    found = point_counts(model, split, (reach, part_agreement))
+    shares = (found["won"] / max(found["won"].sum(), 1)).tolist()
+    parts = part_agreement.standing_for(found["part_agreement"], len(shares))
+    return list(map(Standing, shares, found["reach"]["prototypes"], parts))
+
+
 def _nearest(model: Model) -> list[list[Nearest]]:
     """Of each prototype the nearest patches in the projection split."""
     experiment, count = model.experiment, len(model.prototypes)
@@ -185,7 +212,7 @@ def write(
     *,
     facts: Sequence[str],
     notes: Sequence[str],
-    shares: Sequence[float | None],
+    standings: Sequence[Standing],
     nearest: Sequence[Sequence[Nearest]],
     shown: Sequence[Shown],
 ) -> None:
@@ -196,7 +223,7 @@ def write(
       model: the run.
       facts: short ones about the run, for the head of the page.
       notes: what a reader must know (not yet projected, data not at hand …).
-      shares: of each prototype, the points it wins of all; None where that was not counted.
+      standings: of each prototype.
       nearest: of each prototype, the nearest training patches.
       shown: what can be looked at.
     """
@@ -231,7 +258,7 @@ def write(
             "similarity": model.experiment.config.model.similarity,
             "kernel": _base64(model.kernel, "<f4"),
             "vectors": _base64(model.checkpoint.arrays["params"]["prototypes"]["vectors"], "<f4"),
-            "prototypes": _prototypes(temporary, model, shares, nearest),
+            "prototypes": _prototypes(temporary, model, standings, nearest),
             "images": [{"name": x.name, "size": list(x.image.shape[:2])} for x in shown],
             "confusions": mistakes.confusions(shown, len(classes)),
         }
@@ -274,14 +301,14 @@ def _numbers(shown: Shown) -> dict[str, Any]:
 def _prototypes(
     folder: Path,
     model: Model,
-    shares: Sequence[float | None],
+    standings: Sequence[Standing],
     nearest: Sequence[Sequence[Nearest]],
 ) -> list[dict[str, Any]]:
     """The prototypes' records, and their pictures as files."""
     written: dict[Path, str] = {}
     records = []
-    for p, share, near in zip(model.prototypes, shares, nearest, strict=True):
-        record = {"id": p.index, "class": p.class_, "image": p.image_id, "share": share}
+    for p, standing, near in zip(model.prototypes, standings, nearest, strict=True):
+        record = {"id": p.index, "class": p.class_, "image": p.image_id, **vars(standing)}
         patch, source = p.patch, p.source
         if patch is not None:
             record["patch"] = f"prototypes/{p.index:03d}.png"

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from protoseg_jax.config import default
+from benchmarks import position
 from protoseg_jax.data.labels import VOID
+from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import consistency, part_agreement, parts, report, stability
 from protoseg_jax.evaluation.measures import Context, Seen
 from protoseg_jax.models import preprocessing
@@ -69,13 +71,19 @@ def slow_cell(labels, row, col):
     return int(place[0] * 3) * 3 + int(place[1] * 3)
 
 
-def seen(labels, centroids, similarities=None):
+def seen(labels, centroids, similarities):
     """One image as a measure sees it."""
     inference = SimpleNamespace(classes=CLASSES, num_classes=C)
-    padded = np.array([*centroids, (-1, 0, 0), (-1, 0, 0)])
-    batch = {"centroids": padded, "part_classes": PART_CLASSES}
+    batch = {"centroids": centroids, "part_classes": PART_CLASSES}
     output = SimpleNamespace(similarities=similarities)
     return Seen(inference, None, batch, output, labels, labels != VOID, jax.random.key(0))
+
+
+@jax.jit
+def looked_at(labels, centroids, similarities, key):
+    image = seen(labels, centroids, similarities)
+    drawn = parts.random_prototypes(image, key)
+    return parts.hits(similarities, image), parts.nearness(image), parts.cells(image), drawn
 
 
 @settings(max_examples=20, deadline=None)
@@ -84,19 +92,16 @@ def test_hits(seed):
     similarities, _, _, labels = example(seed)
     rng = np.random.default_rng(seed)
     centroids = [(rng.integers(K), rng.integers(6), rng.integers(7)) for _ in range(9)]
-    image = seen(labels, centroids)
-    np.testing.assert_array_equal(
-        parts.hits(similarities, image), slow_hits(similarities, labels, centroids)
-    )
-    near = parts.nearness(image)
+    padded = np.array([*centroids, (-1, 0, 0), (-1, 0, 0)])
+    found = looked_at(labels, padded, similarities, jax.random.key(seed))
+    hits, near, cells, drawn = map(np.asarray, found)
+    np.testing.assert_array_equal(hits, slow_hits(similarities, labels, centroids))
     for c in set(labels.ravel().tolist()) - {VOID}:
         np.testing.assert_allclose(
             near[..., 9 * c : 9 * c + 9], slow_nearness(labels)[..., 9 * c : 9 * c + 9], atol=1e-5
         )
-    cells = parts.cells(image)
     for row, col in zip(*np.nonzero(labels != VOID), strict=True):
         assert cells[row, col] == slow_cell(labels, row, col)
-    drawn = np.asarray(parts.random_prototypes(image, jax.random.key(seed)))
     with_prototypes = np.isin(labels, CLASSES)
     np.testing.assert_array_equal(CLASSES[drawn[with_prototypes]], labels[with_prototypes])
     assert (drawn[labels == 3] == -1).all()
@@ -270,6 +275,45 @@ def test_a_class_that_cannot_be_judged_is_left_out_and_named():
     assert figures["classes"]["a"]["table"] == [[5, 0], [6, 0]]
 
 
+def test_what_a_prototype_stands_for():
+    """The part with most of its points, of those with more than their area; none by chance."""
+    entry = {"parts": ["wall", "door"], "prototypes": [1, 4, 5, 0]}
+    # Areas 0.8 and 0.2. The first is as by chance, the second more door than that, the third wall
+    # alone; the fourth wins nothing.
+    entry["table"] = [[80, 60, 60, 0], [20, 30, 0, 0]]
+    got = part_agreement.standing_for({"classes": {"house": entry}}, 6)
+    assert got[4] == ("door", pytest.approx(1 / 3), pytest.approx(0.2))
+    assert got[5] == ("wall", 1.0, pytest.approx(0.8))
+    assert [got[j] for j in (0, 1, 2, 3)] == [None] * 4
+    assert part_agreement.standing_for(None, 2) == [None, None]
+
+
+def test_the_page_about_the_place(tmp_path, monkeypatch):
+    """Its tables are those of part agreement, its shares those of consistency."""
+    run = SimpleNamespace(experiment=experiment(1), checkpoint=CHECKPOINT, phase="joint")
+    run.inference = run.experiment.inference(CLASSES)
+    run.experiment.data.name = "blocks"
+    monkeypatch.setattr(position.Finished, "load", lambda _: run)
+    found = position.gather(run, "validation")
+    judged = measured(1, names=("consistency", "part_agreement"))
+    for c, entry in enumerate(judged["part_agreement"]["classes"].values()):
+        own = np.flatnonzero(CLASSES == c)
+        table = position.table(found, "prototype", c, own)
+        assert table.tolist() == entry["table"]
+        place = position.table(found, "position", c, np.arange(9))
+        assert part_agreement.agreement(place)[0] == pytest.approx(entry["v_position"])
+    rates = [position.rates(found, c)["place"][2] for c in (0, 1)]
+    assert (judged["consistency_position"] > 0) == (max(rates) > 0.8)
+    position.page("run", "validation", "one", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert f"the place {judged['consistency_position']:.0%} consistent" in text
+    for kind in ("consistency", "agreement"):
+        assert Image.open(tmp_path / f"page_{kind}.png").size > (500, 300)
+    with pytest.raises(UserError, match="'three' has no parts; choose one of no, one"):
+        position.page("run", "validation", "three", tmp_path / "other.md")
+    assert not (tmp_path / "other.md").exists()
+
+
 def test_nothing_is_measured_without_prototypes_of_classes_with_parts():
     sums = {"hits": np.zeros((1, M)), "random": np.zeros((1, M)), "position": np.zeros((1, 9 * C))}
     sums |= {"oracle": np.zeros(1), "visible": np.zeros(1)}
@@ -283,16 +327,18 @@ def test_nothing_is_measured_without_prototypes_of_classes_with_parts():
 
 
 def test_without_part_labels_nothing_is_said_of_parts():
-    result = measured(1, part_names=None)
+    names = ("utilisation", "part_agreement", "consistency", "stability", "novelty")
+    result = measured(1, part_names=None, names=names)
     assert all(result[key] is None for key in ("consistency", "stability", "part_agreement"))
-    lines = report.measure_lines(result, default().measures)
+    assert "novelty_auroc" not in result  # no class is held out
+    lines = report.measure_lines(result, names)
     words = ("consistency", "stability", "part", "homogeneity", "completeness")
     assert lines and not [line for line in lines if line.startswith(words)]
     assert lines[0] == f"utilisation  {100 * result['utilisation']:.2f} %"
 
 
 def test_consistency_is_never_told_without_its_controls():
-    lines = report.measure_lines(measured(1), ["consistency"])
+    lines = report.measure_lines(measured(1, names=("consistency",)), ["consistency"])
     assert [line.split("  ")[0] for line in lines] == [
         "consistency",
         *(f"consistency: {name}" for name in ("position", "random", "oracle")),

@@ -133,7 +133,7 @@ def test_a_new_run_without_prototypes(small_run, tmp_path, capsys, force):
 
 def test_points_are_counted_as_one_by_one(small_run):
     model = small_run
-    won, used = point_counts(model, "validation")
+    counts = point_counts(model, "validation")
     source, inference = model.experiment.data.source("validation"), model.inference
     expected = np.zeros((2, len(model.prototypes)), int)
     classes = np.array([p.class_ for p in model.prototypes])
@@ -148,8 +148,8 @@ def test_points_are_counted_as_one_by_one(small_run):
             if len(own):
                 expected[1, own[points.similarities[y, x, own].argmax()]] += 1
     assert inference.eval_size == (49, 57)
-    np.testing.assert_array_equal(won, expected[0])
-    np.testing.assert_array_equal(used, expected[1])
+    np.testing.assert_array_equal(counts["won"], expected[0])
+    np.testing.assert_array_equal(counts["used"], expected[1])
 
 
 def test_figures_that_cannot_be_drawn(small_run, tmp_path):
