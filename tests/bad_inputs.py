@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import machine
-from tests import kill
+from tests import forked, kill
 from tests.data import sections
 from tests.small import make_data
 
@@ -150,15 +150,17 @@ SECTIONS: dict[str, tuple[Spoil, list[str], str]] = {
 
 
 def run(line: list[str], scratch: pathlib.Path, prefix: list[str] = ()) -> tuple[int, str]:
-    """(exit code, stderr) of a program."""
-    result = subprocess.run(
-        [*prefix, *line], env=kill.environment(scratch), capture_output=True, text=True, cwd=ROOT
-    )
+    """(exit code, stderr) of a program, one behind a prefix in a process of its own."""
+    environment = kill.environment(scratch)
+    if not prefix:
+        return forked.run(line, environment, ROOT)
+    line = [*prefix, *line]
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT)
     return result.returncode, result.stderr
 
 
 def side_by_side(work: Callable, cases: dict) -> dict:
-    """`work` of each case, as many at a time as there are cores: most of each is importing JAX."""
+    """`work` of each case, as many at a time as there are cores."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(cases, pool.map(work, cases.values()), strict=True))
 
@@ -222,14 +224,19 @@ def evaluate(scratch: pathlib.Path, *arguments: str) -> tuple[int, str]:
     return run(line, scratch)
 
 
-def explain_cases(scratch: pathlib.Path) -> dict[str, tuple[int, str, str]]:
-    """The same of explain.py, on a whole run; nothing may be left behind."""
-    make_data(scratch / "data")
-    line = kill.command(scratch / "data", scratch / "cache", scratch / "work")
-    code, errors = run(line, scratch)
-    if code:
-        raise RuntimeError(errors)
+def explain_cases(
+    scratch: pathlib.Path, finished: pathlib.Path | None = None
+) -> dict[str, tuple[int, str, str]]:
+    """The same of explain.py, on a whole run, by default one made for it; nothing may be left
+    behind."""
     work, new = scratch / "work", scratch / "new"
+    make_data(scratch / "data")
+    if finished:
+        shutil.copytree(finished, work)
+    else:
+        code, errors = run(kill.command(scratch / "data", scratch / "cache", work), scratch)
+        if code:
+            raise RuntimeError(errors)
     (scratch / "text.png").write_text("no image")
     Image.fromarray(np.zeros((40, 56, 4), np.uint8)).save(scratch / "alpha.png")
     prototypes = json.loads((work / "prototypes.json").read_text())["prototypes"]

@@ -1,7 +1,6 @@
 """Novelty: the distance to the nearest prototype, tested on a class that training never saw."""
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Array, Bool, Float, Int
 
 from protoseg_jax.data.labels import VOID
@@ -31,5 +30,6 @@ def auroc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> 
     count, rest = int(positive.sum()), int((~positive).sum())
     if not (count and rest):
         return None
-    ranks = scipy.stats.rankdata(scores)
+    _, place, equal = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(equal) - (equal - 1) / 2)[place]  # equals share the mean of their ranks
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * rest))

@@ -26,8 +26,9 @@ def test_bad_runs(tmp_path):
         assert bad_inputs.verdict(code, errors, words), (name, errors)
 
 
-def test_bad_explanations(tmp_path):
-    for name, (code, errors, words) in bad_inputs.explain_cases(tmp_path).items():
+def test_bad_explanations(tmp_path, shared_run):
+    cases = bad_inputs.explain_cases(tmp_path, shared_run / "work")
+    for name, (code, errors, words) in cases.items():
         assert bad_inputs.verdict(code, errors, words), (name, errors)
 
 
