@@ -207,7 +207,8 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
         )
     depth, account = depths[blocks], weights.Account(tensors)
     stem = tensors.get(names["stem"][0] + ".weight")
-    width = stem.shape[0] if stem is not None and stem.shape[1:] == (3, 7, 7) else 64
+    is_stem = stem is not None and stem.shape[1:] == (3, 7, 7) and stem.size
+    width = stem.shape[0] if is_stem else 64
     conv, norm = names["stem"]
     params = {"conv1": {"kernel": account.kernel(f"{conv}.weight", (width, 3, 7, 7))}}
     frozen, channels = {"norm1": account.affine(norm, width)}, width

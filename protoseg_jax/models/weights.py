@@ -30,7 +30,7 @@ from protoseg_jax.models.prototypes import equal_blocks
 BATCH_NORM_EPSILON = 1e-5
 _CLEAR = 0.25  # by how much a prototype's largest weight must lead to tell its class
 _DEEPEST = 16  # levels of a tree of parameters, more than any network's
-_NAMED, _NAME = 4, 80  # tensors named in a message, of each kind; characters of each name
+_NAMED, _NAME = 4, 150  # tensors named in a message, of each kind; characters of each name
 
 Tensors = dict[str, np.ndarray]
 
