@@ -641,7 +641,10 @@ def judge(path: pathlib.Path) -> tuple[str, str]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sys.stdout.flush(), sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    with tempfile.TemporaryFile() as words:
+    with tempfile.TemporaryFile() as words, warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")  # each of them, and not the first of its place alone
+        for hidden in (ResourceWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", hidden)
         os.dup2(words.fileno(), 1), os.dup2(words.fileno(), 2)
         _watched = []
         try:
@@ -665,7 +668,7 @@ def judge(path: pathlib.Path) -> tuple[str, str]:
             os.dup2(kept[0], 1), os.dup2(kept[1], 2)
             os.close(kept[0]), os.close(kept[1])
         words.seek(0)
-        said = words.read().decode(errors="replace")
+        said = words.read().decode(errors="replace") + " ".join(str(w.message) for w in heard)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if acts or CANARY.exists():
         return "executed", ", ".join(acts) or "the canary"
@@ -685,9 +688,6 @@ def _limit_memory() -> None:
 def _work(suffix: str, seed: int, numbers: range, folder: str, told: Any) -> None:
     """Judge mutants, in a process of their own; SIGALRM ends it at one that hangs."""
     mutants, path = Mutants(suffix, seed), pathlib.Path(folder) / f"mutant{suffix}"
-    warnings.simplefilter("always")  # each of them, and not the first of its place alone
-    for hidden in (ResourceWarning, DeprecationWarning, PendingDeprecationWarning):
-        warnings.simplefilter("ignore", hidden)
     _limit_memory()
     for number in numbers:
         done, data = mutants[number]

@@ -63,6 +63,7 @@ def is_not_finite(path):
         (lambda path: os.system("true"), "executed"),
         (lambda path: mutate_weights.CANARY.touch(), "executed"),
         (lambda path: os.write(2, b"a library's words"), "printed"),
+        (lambda path: warnings.warn("a library's words", stacklevel=1), "printed"),
         (lambda path: print("a library's words", file=sys.__stdout__), "printed"),
     ],
 )
