@@ -576,7 +576,7 @@ class Mutants:
         data, done = self.whole[n], []
         if rng.random() < 0.2:
             data = _tensors(self.samples[n], self.suffix, rng)
-            done.append("_tensors")
+            done.append("tensors")
         else:
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
                 change = rng.choice(BYTES if rng.random() < 0.4 else STRUCTURE[self.suffix])
@@ -588,8 +588,8 @@ class Mutants:
                     data = change(data, rng)
                 except Exception:  # what an earlier one left has not the structure
                     continue
-                done.append(change.__name__)
-        return " ".join(done).replace("_", " ").strip(), data
+                done.append(change.__name__.strip("_").replace("_", " "))
+        return ", ".join(done), data
 
 
 # -- judging -----------------------------------------------------------------------------------
@@ -768,11 +768,8 @@ def main() -> None:
     ]
     if failures:
         again = f"--seed={arguments.seed} --first=NUMBER --count=1 --keep=FOLDER"
-        lines += [
-            "",
-            f"Format and number of the first failures (again: `--format=FORMAT {again}`):",
-        ]
-        lines += ["", *(f"* `{failure}`" for failure in failures[:SHOWN])]
+        lines += ["", f"The first failures (again: `--format=FORMAT {again}`):", ""]
+        lines += [f"* `{failure}`" for failure in failures[:SHOWN]]
     machine.report(lines, arguments.out)
     sys.exit(bool(failures))
 
