@@ -16,7 +16,7 @@ def full_disk(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """Why, in a few words, for a `UserError` about what another exception met."""
-    text = getattr(error, "strerror", None) or str(error)
+    text = (getattr(error, "strerror", None) or str(error)).strip()
     return text.splitlines()[0][:120] if text else type(error).__name__
 
 
@@ -25,4 +25,6 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if "Traceback (most recent call last)" in text:  # ml_collections, of an error in a config file
         text = text.strip().splitlines()[-1]
-    return " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.split()) or type(error).__name__
+    # Names in a broken file may hold anything.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -177,9 +177,9 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
         bare = {n.removeprefix(prefix): t for n, t in tensors.items()}
         if len(bare) < len(tensors):
             twice = next(n for n in tensors if n.startswith(prefix) and n[len(prefix) :] in tensors)
-            both = f"both {twice} and {twice.removeprefix(prefix)}"
+            both = " and ".join(weights.named([n]) for n in (twice, twice.removeprefix(prefix)))
             raise UserError(
-                f"weights {where} hold {both}; leave one of the two networks in the file"
+                f"weights {where} hold both {both}; leave one of the two networks in the file"
             )
         tensors = bare
     if "layer1.0.conv1.weight" in tensors:
@@ -189,9 +189,9 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
         if "prototype_vectors" in tensors:
             origin = "protoseg"
     else:
-        some = ", ".join(list(tensors)[: weights.NAMED]) or "none"
+        some = weights.named(tensors) or "none"
         raise UserError(
-            f"weights {where} are of an unknown network (its tensors: {some}, …); known are "
+            f"weights {where} are of an unknown network (its tensors: {some}); known are "
             "torchvision's ResNets, the PyTorch DeepLabv2 port and the authors' ProtoSeg"
         )
     pattern = where_block.replace(".", r"\.")
@@ -207,7 +207,8 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
         )
     depth, account = depths[blocks], weights.Account(tensors)
     stem = tensors.get(names["stem"][0] + ".weight")
-    width = stem.shape[0] if stem is not None and stem.ndim else 64
+    is_stem = stem is not None and stem.shape[1:] == (3, 7, 7) and stem.size
+    width = stem.shape[0] if is_stem else 64
     conv, norm = names["stem"]
     params = {"conv1": {"kernel": account.kernel(f"{conv}.weight", (width, 3, 7, 7))}}
     frozen, channels = {"norm1": account.affine(norm, width)}, width
@@ -247,5 +248,5 @@ def _protoseg(account: weights.Account, channels: int) -> dict[str, Any]:
     last = account.tensors.get("last_layer.weight")
     trailing = (1, 1) if last is not None and last.ndim == 4 else ()
     kernel = account.take("last_layer.weight", (-1, count, *trailing))
-    kernel = np.ascontiguousarray(kernel.reshape(-1, count).T)
+    kernel = np.ascontiguousarray(kernel.reshape(kernel.shape[:2]).T)
     return {"aspp": aspp, "prototypes": {"vectors": vectors}, "head": {"kernel": kernel}}

@@ -8,11 +8,13 @@ says what comes with the weights of each origin.
 
 import dataclasses
 import io
+import itertools
 import pickle
 import re
 import types
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from protoseg_jax.models.prototypes import equal_blocks
 
 BATCH_NORM_EPSILON = 1e-5
 _CLEAR = 0.25  # by how much a prototype's largest weight must lead to tell its class
-NAMED = 4  # tensors named in a message, of each kind
+_DEEPEST = 16  # levels of a tree of parameters, more than any network's
+_NAMED, _NAME = 4, 150  # tensors named in a message, of each kind; characters of each name
 
 Tensors = dict[str, np.ndarray]
 
@@ -84,21 +87,13 @@ def load(path: str | Path, network: types.ModuleType) -> Ported:
             f"{network.__name__.rpartition('.')[2]!r}, for which none are known; leave "
             "pretrained.path out"
         )
-    try:
-        found = READERS[path.suffix](path)
-    except _UNREADABLE as error:
-        what = "cannot be read", "it is cut short or of another kind than its name says: fetch it"
-        if path.suffix == ".npz":
-            what = "is not one that `protoseg port` wrote", "make it with that"
-        raise UserError(
-            f"weights file {path} {what[0]} ({reason(error)}); {what[1]} again"
-        ) from error
-    if not isinstance(found, Ported):
-        found = network.port(found, path)
+    tensors = _read(path)
+    ours = path.suffix == ".npz"
+    found = _ours(tensors, path, network) if ours else network.port(tensors, path)
     if found.origin not in getattr(network, "ORIGINS", {}):
         raise UserError(
-            f"weights {path} are of the origin {found.origin!r}, which {network.__name__} does not "
-            "know; port them again, or name it in ORIGINS there"
+            f"weights {path} are of the origin {named([found.origin])}, which {network.__name__} "
+            "does not know; port them again, or name it in ORIGINS there"
         )
     return found
 
@@ -121,13 +116,82 @@ def save(ported: Ported, path: str | Path) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another") from error
 
 
-def _read_npz(path: Path) -> Ported:
+def _read(path: Path) -> Tensors:
+    """What a file holds, by the reader of its kind.
+
+    The libraries that read raise whatever they meet in bytes that are not theirs (a tokenizer's
+    error of NumPy, an index error of PyTorch), and some warn first: all of it is one line here.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return READERS[path.suffix](path)
+    except UserError:
+        raise
+    except Exception as error:
+        if path.suffix == ".npz":
+            raise _not_ours(path, reason(error)) from error
+        raise UserError(
+            f"weights file {path} cannot be read ({reason(error)}); it is cut short or of another "
+            "kind than its name says: fetch it again"
+        ) from error
+
+
+def _not_ours(path: Path, why: str) -> UserError:
+    return UserError(
+        f"weights file {path} is not one that `protoseg port` wrote ({why}); make it with that "
+        "again"
+    )
+
+
+def _ours(arrays: Tensors, path: Path, network: types.ModuleType) -> Ported:
+    """The arrays of an `.npz` as what `save` was given.
+
+    Raises:
+      UserError: it did not write these.
+    """
+    rest = dict(arrays)
+    origin, depth = rest.pop("origin", None), rest.pop("depth", None)
+    if origin is None or origin.shape or origin.dtype.kind != "U":
+        raise _not_ours(path, "it names no origin")
+    if depth is None or depth.shape or depth.dtype.kind not in "iu":
+        raise _not_ours(path, "it names no depth")
+    classes, head = rest.pop("prototype_classes", None), rest.get("params/head/kernel")
+    for name, array in rest.items():
+        collection, *inner = name.split("/")
+        if collection not in ("params", "frozen") or not 2 <= len(inner) <= _DEEPEST:
+            raise _not_ours(path, f"{named([name])} is none of its names")
+        if array.dtype != np.float32 or not np.isfinite(array).all():
+            raise _not_ours(path, f"{named([name])} is not of finite float32 numbers")
+    folders = sorted(f"{name}/" for name in rest)
+    for folder, following in itertools.pairwise(folders):
+        if following.startswith(folder):
+            raise _not_ours(path, f"{named([folder])} is an array, too")
+    backbone = next(iter(network.GROUPS))
+    if not any(folder.startswith(f"params/{backbone}/") for folder in folders):
+        raise _not_ours(path, f"it holds no {backbone}")
+    if classes is not None or head is not None:
+        if not _are_classes(classes, head):
+            raise _not_ours(path, "its prototypes' classes are not those of its last layer")
+        classes = classes.astype(np.int64)
+    trees = {"params": {}, "frozen": {}, **traverse_util.unflatten_dict(rest, sep="/")}
+    return Ported(str(origin), int(depth), trees["params"], trees["frozen"], classes)
+
+
+def _are_classes(classes: np.ndarray | None, w_h: np.ndarray | None) -> bool:
+    """Whether these are c(j) [M] of a last layer [M, C]."""
+    if classes is None or w_h is None or w_h.ndim != 2 or classes.dtype.kind not in "iu":
+        return False
+    inside = (classes >= 0) & (classes < w_h.shape[1])
+    return classes.shape == w_h.shape[:1] and bool(inside.all())
+
+
+def _read_npz(path: Path) -> Tensors:
     with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    origin, depth = str(arrays.pop("origin")), int(arrays.pop("depth"))
-    classes = arrays.pop("prototype_classes", None)
-    trees = traverse_util.unflatten_dict(arrays, sep="/")
-    return Ported(origin, depth, trees["params"], trees["frozen"], classes)
+        return {name: np.asarray(array) for name, array in file.items()}  # bytes, if no array
 
 
 def _read_torch(path: Path) -> Tensors:
@@ -138,10 +202,15 @@ def _read_torch(path: Path) -> Tensors:
             f"reading {path} needs PyTorch: pip install torch, or where it is installed turn the "
             "file into an .npz with `protoseg port`"
         ) from error
+    with path.open("rb") as file:
+        archive = file.read(4) == b"PK\x03\x04"  # else of PyTorch before 1.6
+    if archive:
+        _check(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # By mmap a tensor cannot reach beyond the file, which the other way is not looked at.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path) and not path.read_bytes()[:1] == b"\x80":
+        if not archive and not path.read_bytes()[:1] == b"\x80":
             raise  # a download's error page, say
         raise UserError(
             f"weights file {path} holds more than tensors (a whole module?), which would have to "
@@ -150,26 +219,53 @@ def _read_torch(path: Path) -> Tensors:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(torch.is_tensor(t) for t in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
+    ):
         raise UserError(
             f"weights file {path} holds no state dict (names → tensors); save "
             "torch.save(model.state_dict(), 'weights.pth')"
         )
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
+    size = path.stat().st_size
+    for name, tensor in state.items():  # one number may be told to be a thousand
+        if tensor.numel() * tensor.element_size() > size:
+            raise ValueError(f"{named([name])} is larger than the file")
+    return {
+        # NumPy has no bfloat16; copied, since the file need not stay as it is.
+        name: np.array((t.float() if t.is_floating_point() else t).detach())
+        for name, t in state.items()
+    }
+
+
+def _check(path: Path) -> None:
+    """Of a zip file's members what PyTorch does not look at: their checksums, and that none is
+    compressed.
+
+    Raises:
+      zipfile.BadZipFile: it is broken; or another error of `zipfile`.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{named([member.filename])} is compressed")
+            if member.CRC:  # 0 where they were not asked for
+                archive.read(member)
 
 
 # By a file's suffix: what reads it.
-READERS: dict[str, Callable[[Path], Tensors | Ported]] = {
+READERS: dict[str, Callable[[Path], Tensors]] = {
     ".npz": _read_npz,
     ".safetensors": safetensors.numpy.load_file,
     ".pth": _read_torch,
     ".pt": _read_torch,
 }
-# What they raise of a file that is cut short or of another kind.
-_UNREADABLE = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError),
-    *(zipfile.BadZipFile, pickle.UnpicklingError, safetensors.SafetensorError),
-)
+
+
+def named(names: Iterable[str]) -> str:
+    """The first of some names, for a message; long ones are cut."""
+    names = list(names)
+    shown = [n if len(n) <= _NAME else f"{n[:_NAME]}…" for n in names[:_NAMED]]
+    return ", ".join(shown) + ", …" * (len(names) > _NAMED)
 
 
 class Account:
@@ -177,22 +273,34 @@ class Account:
 
     def __init__(self, tensors: Tensors):
         self.tensors, self.used = tensors, set()
-        self.wrong: dict[str, list[str]] = {"missing": [], "of another shape": []}
+        kinds = ("missing", "of another shape", "not numbers", "not finite", "without a scale")
+        self.wrong: dict[str, list[str]] = {kind: [] for kind in kinds}
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor as float32; −1 in `shape` is any size; zeros in place of what is wrong."""
-        empty = np.zeros([max(n, 1) for n in shape], np.float32)
+        """A tensor as float32; −1 in `shape` is any size but 0; a zero in place of what is wrong,
+        whose every axis is 1."""
+        nothing = np.zeros([1] * len(shape), np.float32)
         if name not in self.tensors:
             self.wrong["missing"].append(name)
-            return empty
+            return nothing
         self.used.add(name)
-        tensor = np.asarray(self.tensors[name], np.float32)
+        tensor = np.asarray(self.tensors[name])
         fits = len(tensor.shape) == len(shape)
-        if not fits or any(n not in (-1, m) for n, m in zip(shape, tensor.shape, strict=True)):
+        if not fits or any(
+            m == 0 or n not in (-1, m) for n, m in zip(shape, tensor.shape, strict=True)
+        ):
             wanted = "×".join("…" if n < 0 else str(n) for n in shape)
-            shown = f"{name} ({'×'.join(map(str, tensor.shape))}, not {wanted})"
+            shown = f"{named([name])} ({'×'.join(map(str, tensor.shape))}, not {wanted})"
             self.wrong["of another shape"].append(shown)
-            return empty
+            return nothing
+        if not np.can_cast(tensor.dtype, np.float32, "same_kind"):  # complex numbers, strings
+            self.wrong["not numbers"].append(name)
+            return nothing
+        with np.errstate(over="ignore"):
+            tensor = tensor.astype(np.float32, copy=False)
+        if not np.isfinite(tensor).all():
+            self.wrong["not finite"].append(name)
+            return nothing
         return tensor
 
     def kernel(self, name: str, shape: tuple[int, int, int, int]) -> Float[np.ndarray, "k k i o"]:
@@ -206,9 +314,13 @@ class Account:
             for n in ("weight", "bias", "running_mean", "running_var")
         )
         # In float64, so that folding costs no digits.
-        scale = gamma / np.sqrt(variance.astype(np.float64) + BATCH_NORM_EPSILON)
-        bias = beta - mean * scale
-        return {"scale": scale.astype(np.float32), "bias": bias.astype(np.float32)}
+        with np.errstate(invalid="ignore", over="ignore"):  # σ² < 0; γ beyond float32 by σ
+            scale = gamma / np.sqrt(variance.astype(np.float64) + BATCH_NORM_EPSILON)
+            bias = (beta - mean * scale).astype(np.float32)
+            scale = scale.astype(np.float32)
+        if not (np.isfinite(scale).all() and np.isfinite(bias).all() and (variance >= 0).all()):
+            self.wrong["without a scale"].append(name)
+        return {"scale": scale, "bias": bias}
 
     def settle(self, where: Any, kind: str, ignored: str) -> None:
         """Complain in one line of what in file `where` does not fit a `kind` of network; names of
@@ -219,10 +331,9 @@ class Account:
         """
         known = re.compile(rf".*\.num_batches_tracked|{ignored}")
         left = [n for n in self.tensors if n not in self.used and not known.fullmatch(n)]
-        infinite = [n for n in self.used if not np.isfinite(self.tensors[n]).all()]
         parts = [
-            f"{len(names)} {what}: {', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)}"
-            for what, names in {**self.wrong, "not expected": left, "not finite": infinite}.items()
+            f"{len(names)} {what}: {named(names)}"
+            for what, names in {**self.wrong, "not expected": left}.items()
             if names
         ]
         if parts:
@@ -243,14 +354,15 @@ def prototype_classes(w_h: Float[np.ndarray, "m c"], where: Any) -> Int[np.ndarr
     """
     count, num_classes = w_h.shape
     ordered = np.sort(w_h, axis=1)
-    lead = ordered[:, -1] - (ordered[:, -2] if num_classes > 1 else 0.0)
+    with np.errstate(over="ignore"):
+        lead = ordered[:, -1] - (ordered[:, -2] if num_classes > 1 else 0.0)
     clear = (lead >= _CLEAR) & (ordered[:, -1] > 0)
     largest = w_h.argmax(axis=1)
     blocks = equal_blocks(count, num_classes)
     if count % num_classes == 0 and (blocks == largest)[clear].all():
         return blocks
     if not clear.all():
-        unclear = ", ".join(map(str, np.flatnonzero(~clear)[:NAMED]))
+        unclear = named(map(str, np.flatnonzero(~clear)))
         raise UserError(
             f"weights {where}: the class of prototype {unclear} is not clear from "
             "last_layer.weight; port the model from before its pruning"

@@ -136,7 +136,9 @@ def with_weights(experiment: Experiment, ported: weights.Ported, path: str) -> C
     start = random(experiment, classes_at_start(experiment) if classes is None else classes)
     for collection in ("params", "frozen"):
         ours, theirs = start.arrays[collection], getattr(ported, collection)
-        for group, tree in theirs.items():
+        needed = models.groups(model)[:1] if classes is None else ours
+        for group in {**dict.fromkeys(needed), **theirs}:
+            tree = theirs.get(group, {})
             if _shapes(ours.get(group, {})) != _shapes(tree):
                 raise UserError(
                     f"the {group} of weights {path} ({ported.origin}, depth {ported.depth}) "
@@ -144,7 +146,8 @@ def with_weights(experiment: Experiment, ported: weights.Ported, path: str) -> C
                     f"model.norm={model.norm!r}, model.features={model.features} and "
                     f"{experiment.num_classes} classes; use the config of that network"
                 )
-            ours[group] = tree
+            if tree:
+                ours[group] = tree
     return start
 
 

@@ -90,6 +90,20 @@ def test_pretrained_weights_are_where_a_run_starts(finished, authors_file, tmp_p
     assert "set --config.pretrained.path" in capsys.readouterr().err
 
 
+def test_weights_that_lack_something_are_refused(finished, authors_file, tmp_path):
+    """What a file does not hold would stay random."""
+    config, ported = ported_config(finished), load(authors_file, resnet)
+    config.model.update({"stride_in": "1x1", "preprocessing": "imagenet"})
+    at = experiment(config)
+    without_aspp = {n: tree for n, tree in ported.params.items() if n != "aspp"}
+    for change, group in (({"frozen": {}}, "backbone"), ({"params": without_aspp}, "aspp")):
+        with pytest.raises(UserError, match=f"the {group} of weights a.npz .* does not fit"):
+            starts.with_weights(at, dataclasses.replace(ported, **change), "a.npz")
+    more = weights.protoseg(26, 4, (1, 2), 8, np.arange(8), 8)
+    with pytest.raises(UserError, match="of weights a.npz .* does not fit .* 3 classes"):
+        starts.with_weights(at, resnet.port(more, "a.npz"), "a.npz")
+
+
 def test_a_run_starts_from_a_black_box(finished, tmp_path, capsys):
     """Its backbone is taken; ASPP, whose channels are classes there, and the head are new."""
     config = finished.experiment.config.copy_and_resolve_references()
