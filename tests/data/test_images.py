@@ -67,7 +67,7 @@ def test_masks_hold_indices_and_must_be_masks():
     values = PIXELS[..., 0] % 5
     for colours in ((), [(c, 9, 9) for c in (7, 7, 1, 2, 3)]):
         png = images.palette_png(values, colours)
-        np.testing.assert_array_equal(images.decode_mask(png, "m"), values)
+        np.testing.assert_array_equal(images.decode_mask(png, "m").values, values)
     with pytest.raises(UserError, match="mask m has mode RGB"):
         images.decode_mask(images.encode(PIXELS), "m")
     with pytest.raises(UserError, match="mask {m} does not decode; replace the file"):
