@@ -30,6 +30,7 @@ from jaxtyping import UInt8
 
 from protoseg_jax import extensions, files, images
 from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.data.leaks import Leaks
 from protoseg_jax.data.reading import Palettes, Reading, colours_used
 from protoseg_jax.data.source import SegmentationData
 from protoseg_jax.errors import UserError
@@ -117,8 +118,8 @@ def prepare(
     """A data set, prepared in the folder `cache` unless it is there.
 
     Raises:
-      UserError: from `DataSet.example`, or an image needs a setting, and nothing is left behind; or
-        the cache cannot be written.
+      UserError: from `DataSet.example`, an image needs a setting or leaks (see `Leaks`), and
+        nothing is left behind; or the cache cannot be written.
     """
     key = fingerprint([*dataset.source, reading])
     root = Path(cache).expanduser() / f"{dataset.name}-{key}"
@@ -161,7 +162,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, dataset: DataSet, root: Path, reading: Reading):
         self.name, self._dataset, self._root = dataset.name, dataset, root
-        self._reading, self._palettes = reading, Palettes()
+        self._reading, self._leaks, self._palettes = reading, Leaks(), Palettes()
         super().__init__(data_dir=root, file_format="array_record")
 
     def write(self) -> None:
@@ -215,9 +216,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 pixels += np.bincount(example.label.ravel(), minlength=256)
                 size = np.maximum(size, example.label.shape)
                 self._palettes.add(example.mask, example.colours)
-                image = example.image
-                if example.pixels is None:
-                    image, _ = self._reading.image(image, f"{example.image_id!r} of {self.name}")
+                image, rgb = example.image, example.pixels
+                if rgb is None:
+                    image, rgb = self._reading.image(image, f"{example.image_id!r} of {self.name}")
+                self._leaks.add(split, example.image_id, rgb)
                 record = {"image_id": example.image_id, "image": image}
                 for name in ("label", "parts"):
                     if (labels := getattr(example, name)) is not None:
