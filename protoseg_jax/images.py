@@ -157,7 +157,9 @@ def turned(array: np.ndarray, orientation: int) -> np.ndarray:
 def _opened(file: Path | io.BytesIO, problem: str, *, why: bool = False) -> Iterator[Image.Image]:
     """A file opened by Pillow; a UserError of a problem, and `why`, if it is not what it should."""
     try:
-        with Image.open(file) as image:
+        # Not by its path, by which Pillow maps a plain TIFF and garbles one that is to be turned.
+        opened = file.open("rb") if isinstance(file, Path) else file
+        with opened, Image.open(opened) as image:
             yield image
     except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError) as error:
         told = f" ({reason(error)})" if why else ""

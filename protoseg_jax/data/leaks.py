@@ -27,19 +27,27 @@ class Leaks:
         """
         if (split, name) in self._names:
             raise UserError(
-                f"image {name!r} is in split {split!r} twice; list it once, or rename one if they "
-                "are two"
+                f"image {name!r} is in split {split!r} twice; leave one out, or rename one"
             )
         self._names.add((split, name))
         digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
         digest.update(np.ascontiguousarray(pixels))
-        scored = split in _SCORED
-        for key, what in ((name, "name"), (digest.digest(), "pixels")):
-            if key in self._seen[not scored]:
-                other, twin = self._seen[not scored][key]
-                rename = ", or rename it if they are two" if what == "name" else ""
-                raise UserError(
-                    f"image {name!r} of split {split!r} has the {what} of image {twin!r} of split "
-                    f"{other!r}, and a score on what trained is too good; take one out{rename}"
+        key, scored = digest.digest(), split in _SCORED
+        same_name, same_pixels = (self._seen[not scored].get(k) for k in (name, key))
+        if same_name or same_pixels:
+            other, twin = same_name or same_pixels
+            if same_name and same_pixels:
+                what, advice = f"is in split {other!r} too", "take it out of one"
+            elif same_name:
+                what, advice = (
+                    f"has the name of one of split {other!r}",
+                    "rename one, or take it out",
                 )
-            self._seen[scored].setdefault(key, (split, name))
+            else:
+                what, advice = f"has the pixels of {twin!r} of split {other!r}", "take one out"
+            raise UserError(
+                f"image {name!r} of split {split!r} {what}, and a score on what trained is too "
+                f"good; {advice}"
+            )
+        for found in (name, key):
+            self._seen[scored].setdefault(found, (split, name))
