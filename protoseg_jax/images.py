@@ -21,6 +21,7 @@ _CONTEXT_CELLS = 2
 _CONTEXT_SHARE = 1 / 12
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
+_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}  # that a TIFF, and EXIF data, begin with
 
 ImageLike = "str | os.PathLike | np.ndarray | Image.Image"
 
@@ -51,6 +52,8 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if array is None:
         raise ValueError("not an image")
+    if data[:4] in _BYTE_ORDERS:  # a TIFF, which OpenCV turns nevertheless
+        array = _turned_back(array, header(data).orientation)
     return array
 
 
@@ -130,7 +133,7 @@ def _orientation(image: Image.Image) -> int:
 def _tagged(exif: bytes) -> int | None:
     """The orientation that EXIF data hold, if they do and are whole so far."""
     exif = exif.removeprefix(b"Exif\0\0")
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    order = _BYTE_ORDERS.get(exif[:4])
     if order:
         with contextlib.suppress(struct.error):
             (start,) = struct.unpack_from(f"{order}I", exif, 4)
@@ -151,6 +154,10 @@ def turned(array: np.ndarray, orientation: int) -> np.ndarray:
     if orientation > 4:
         array = array.swapaxes(0, 1)
     return np.ascontiguousarray(array)
+
+
+def _turned_back(array: np.ndarray, orientation: int) -> np.ndarray:
+    return turned(array, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 @contextlib.contextmanager
@@ -220,7 +227,7 @@ def read_page(path: Path, page: int, where: str) -> tuple[str, np.ndarray, int]:
         frame = stack.convert("RGB") if stack.mode == "P" else stack
         values = np.array(frame)
         if stack.format == "TIFF":  # which Pillow has turned
-            values = turned(values, {6: 8, 8: 6}.get(orientation, orientation))
+            values = _turned_back(values, orientation)
         return frame.mode, values, orientation
 
 

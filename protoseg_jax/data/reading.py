@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import cv2
 import ml_collections
 import numpy as np
 from jaxtyping import UInt8
@@ -137,7 +138,8 @@ def colours_used(values: UInt8[np.ndarray, "h w"], palette: bytes) -> dict[int, 
     """Red, green and blue of each value of a mask that its palette has; none of a grey mask."""
     if not palette:
         return {}
-    used = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[: len(palette) // 3]).tolist()
+    counts = cv2.calcHist([values], [0], None, [256], [0, 256])
+    used = np.flatnonzero(counts[: len(palette) // 3]).tolist()
     return {value: palette[3 * value : 3 * value + 3] for value in used}
 
 
