@@ -102,16 +102,22 @@ class Header:
 def header(data: bytes) -> Header:
     """The header of an encoded image; of what Pillow does not know, a plain one."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of EXIF data that is broken
-            with Image.open(io.BytesIO(data)) as image:
-                if image.format == "PNG" and b"eXIf" in data:
-                    image.load()  # that chunk may come after the pixels
-                # A phone's JPEG may hold a second picture (MPO), a preview.
-                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-                return Header(_orientation(image), frames, _transparent(image))
+        with _quietly_opened(data) as image:
+            if image.format == "PNG" and b"eXIf" in data:
+                image.load()  # that chunk may come after the pixels
+            # A phone's JPEG may hold a second picture (MPO), a preview.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            return Header(_orientation(image), frames, _transparent(image))
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError):
         return Header()
+
+
+@contextlib.contextmanager
+def _quietly_opened(data: bytes) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of EXIF data that are broken
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
 
 
 def _transparent(image: Image.Image) -> bool:
@@ -264,7 +270,7 @@ def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3
         return turned(read(pixels, white), 1 if image.format == "TIFF" else _orientation(image))
     try:
         data = Path(image).read_bytes()
-        with Image.open(io.BytesIO(data)) as opened:
+        with _quietly_opened(data) as opened:
             _check_mode(opened, image)
         pixels = eight_bits(decode_deep(data), white, image, _NO_WHITE)
         return turned(pixels, header(data).orientation)

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import data_traps
 from protoseg_jax import images
 from protoseg_jax.data import prepare
-from protoseg_jax.data.labels import VOID
+from protoseg_jax.data.labels import VOID, generic
 from protoseg_jax.data.leaks import Leaks
 from protoseg_jax.data.reading import Palettes, Reading, colours_used
 from protoseg_jax.errors import UserError
@@ -357,6 +357,37 @@ def test_values_of_classes(tmp_path):
         np.testing.assert_array_equal(example["label"], expected)
     with pytest.raises(UserError, match=r"value 1, which is neither a class \(2, 9, 0\) nor void"):
         load("folder", root, tmp_path, **{"data.values": (2, 9, 0)})
+
+
+def test_a_data_set_from_outside_is_read_likewise(tmp_path):
+    """Its examples hold bytes alone; what these leave open, the builder asks."""
+    shown = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3)).astype(np.uint8)
+    file = with_exif(png(as_stored((shown[0] * 16.0).astype(np.uint16), 8)), exif(8))
+
+    def example(split, number):
+        data = png(shown[1]) if number else file
+        return prepare.Example(f"{split}{number}", data, np.zeros((4, 6), np.uint8))
+
+    splits = {"train": [0], "validation": [1]}
+    dataset = prepare.DataSet("mine", generic(("a", "b")), splits, example, [1])
+    for reading, words in (
+        (Reading("apply"), "'train0' of mine has 16 bits a channel"),
+        (Reading(white=4080), "'train0' of mine has EXIF orientation 8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare.prepare(dataset, tmp_path, reading=reading)
+        assert not list(tmp_path.glob("mine-*"))
+    data = prepare.prepare(dataset, tmp_path, reading=Reading("apply", 4080))
+    for split, expected in zip(splits, shown, strict=True):
+        np.testing.assert_array_equal(data.source(split)[0]["image"], expected)
+
+
+def test_settings_are_part_of_the_prepared_folder(tmp_path):
+    root = make_folder(tmp_path / "own")
+    ways = ({}, {"data.exif": "apply"}, {"data.exif": "ignore"}, {"data.white": 4095})
+    ways += ({"data.values": (0, 1, 2)}, {"data.values": (1, 0, 2)})
+    folders = [load("folder", root, tmp_path, **options).folder for options in ways]
+    assert len(set(folders)) == len(ways)
 
 
 def make_camvid(root):
