@@ -1,20 +1,27 @@
 """Pictures as arrays: all decoding, encoding, resizing and cropping of the package."""
 
 import contextlib
+import dataclasses
 import io
+import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import UInt8, UInt16
+from PIL import Image, UnidentifiedImageError
 
 from protoseg_jax.errors import UserError, reason
 
 # Surroundings shown on each side of a patch: cells, and at least this share of the image.
 _CONTEXT_CELLS = 2
 _CONTEXT_SHARE = 1 / 12
+
+_ORIENTATION = 0x0112  # the EXIF and TIFF tag
+_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}  # that a TIFF, and EXIF data, begin with
 
 ImageLike = "str | os.PathLike | np.ndarray | Image.Image"
 
@@ -23,31 +30,171 @@ Box = tuple[int, int, int, int]
 
 
 def decode(data: bytes, *, grey: bool = False) -> UInt8[np.ndarray, "h w *c"]:
-    """An encoded image as RGB [h w 3], turned as its EXIF orientation says; or as `grey` [h w].
+    """An encoded image as RGB [h w 3] or as `grey` [h w], as stored, whatever its orientation.
 
     Raises:
       ValueError: the bytes do not decode.
     """
-    flag = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if data else None
+    return _decode(data, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB)
+
+
+def decode_deep(data: bytes) -> UInt8[np.ndarray, "h w 3"] | UInt16[np.ndarray, "h w 3"]:
+    """As `decode`, with all the bits that a file has (see `eight_bits`).
+
+    Raises:
+      ValueError: the bytes do not decode.
+    """
+    return _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray:
+    flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if array is None:
         raise ValueError("not an image")
+    if data[:4] in _BYTE_ORDERS:  # a TIFF, which OpenCV turns nevertheless
+        array = _turned_back(array, header(data).orientation)
     return array
+
+
+def eight_bits(
+    array: np.ndarray, white: int | None, where: object, advice: str
+) -> UInt8[np.ndarray, "h w *c"]:
+    """Pixels with 8 bits: 16-bit ones as round(min(v, white) · 255 / white), 8-bit ones as given.
+
+    Args:
+      array: uint8 or uint16 [h w *c].
+      white: the 16-bit value that is white, in 1–65535; None where that is not known.
+      where: names the image.
+      advice: what to do where `white` is not known.
+
+    Raises:
+      UserError: `white` is needed and not known, or the values are of another kind.
+    """
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype != np.uint16:
+        raise UserError(f"image {where} has {array.dtype} values; convert it to 8 bits")
+    if not white:
+        raise UserError(
+            f"image {where} has 16 bits a channel, its largest value is {array.max()}, and which "
+            f"value is white is not known; {advice}"
+        )
+    values = np.minimum(np.arange(2**16), white)
+    return ((510 * values + white) // (2 * white)).astype(np.uint8)[array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What an encoded image says beside its pixels.
+
+    Attributes:
+      orientation: EXIF's, 1–8 (see `turned`); 1 without one, or with one that makes no sense.
+      frames: pictures of an animation; 1 of anything else.
+      transparent: whether any pixel is, wholly or in part.
+    """
+
+    orientation: int = 1
+    frames: int = 1
+    transparent: bool = False
+
+
+def header(data: bytes) -> Header:
+    """The header of an encoded image; of what Pillow does not know, a plain one."""
+    try:
+        with _quietly_opened(data) as image:
+            if image.format == "PNG" and b"eXIf" in data:
+                image.load()  # that chunk may come after the pixels
+            # A phone's JPEG may hold a second picture (MPO), a preview.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            return Header(_orientation(image), frames, _transparent(image))
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return Header()
+
+
+@contextlib.contextmanager
+def _quietly_opened(data: bytes) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of EXIF data that are broken
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+
+
+def _transparent(image: Image.Image) -> bool:
+    if not image.has_transparency_data:
+        return False
+    if image.mode.startswith("I"):  # which Pillow does not convert
+        return bool((np.array(image) == image.info["transparency"]).any())
+    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def _orientation(image: Image.Image) -> int:
+    if hasattr(image, "tag_v2"):
+        value = image.tag_v2.get(_ORIENTATION)
+    else:
+        value = _tagged(image.info.get("exif") or b"")
+    return value if value in range(1, 9) else 1
+
+
+def _tagged(exif: bytes) -> int | None:
+    """The orientation that EXIF data hold, if they do and are whole so far."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = _BYTE_ORDERS.get(exif[:4])
+    if order:
+        with contextlib.suppress(struct.error):
+            (start,) = struct.unpack_from(f"{order}I", exif, 4)
+            (count,) = struct.unpack_from(f"{order}H", exif, start)
+            for at in range(start + 2, start + 2 + 12 * count, 12):
+                tag, kind = struct.unpack_from(f"{order}HH", exif, at)
+                if tag == _ORIENTATION and kind in (3, 4):  # a short or a long
+                    return struct.unpack_from(f"{order}{'HI'[kind - 3]}", exif, at + 8)[0]
+    return None
+
+
+def turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    """[h w *c] as stored → as shown with an EXIF orientation, contiguous."""
+    if orientation in (3, 4, 6, 7):
+        array = array[::-1]
+    if orientation in (2, 3, 7, 8):
+        array = array[:, ::-1]
+    if orientation > 4:
+        array = array.swapaxes(0, 1)
+    return np.ascontiguousarray(array)
+
+
+def _turned_back(array: np.ndarray, orientation: int) -> np.ndarray:
+    return turned(array, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 @contextlib.contextmanager
 def _opened(file: Path | io.BytesIO, problem: str, *, why: bool = False) -> Iterator[Image.Image]:
     """A file opened by Pillow; a UserError of a problem, and `why`, if it is not what it should."""
     try:
-        with Image.open(file) as image:
+        # Not by its path, by which Pillow maps a plain TIFF and garbles one that is to be turned.
+        opened = file.open("rb") if isinstance(file, Path) else file
+        with opened, Image.open(opened) as image:
             yield image
     except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError) as error:
         told = f" ({reason(error)})" if why else ""
         raise UserError(f"{problem}{told}; replace the file") from error
 
 
-def decode_mask(data: bytes, where: object) -> UInt8[np.ndarray, "h w"]:
-    """Values of an indexed or grey 8-bit mask; palette indices, never their colours.
+class Mask(NamedTuple):
+    """A decoded mask.
+
+    Attributes:
+      values: as stored; palette indices, never their colours.
+      palette: red, green, blue of each index; b"" of a grey mask.
+      orientation: EXIF's (see `turned`).
+    """
+
+    values: UInt8[np.ndarray, "h w"]
+    palette: bytes
+    orientation: int
+
+
+def decode_mask(data: bytes, where: object) -> Mask:
+    """An indexed or grey 8-bit mask.
 
     Raises:
       UserError: it does not decode or is neither indexed nor grey; `where` names it.
@@ -57,7 +204,9 @@ def decode_mask(data: bytes, where: object) -> UInt8[np.ndarray, "h w"]:
             raise UserError(
                 f"mask {where} has mode {mask.mode}; save it as 8-bit grey or indexed PNG"
             )
-        return np.array(mask).astype(np.uint8)
+        values = np.array(mask).astype(np.uint8)
+        palette = bytes(mask.getpalette() or ()) if mask.mode == "P" else b""
+        return Mask(values, palette, _orientation(mask))
 
 
 def count_pages(path: Path) -> int:
@@ -70,53 +219,84 @@ def count_pages(path: Path) -> int:
         return getattr(stack, "n_frames", 1)
 
 
-def read_page(path: Path, page: int, where: str) -> tuple[str, np.ndarray]:
-    """(Pillow's mode, values) of a page of a file, a palette resolved.
+def read_page(path: Path, page: int, where: str) -> tuple[str, np.ndarray, int]:
+    """(Pillow's mode, values as stored, EXIF orientation) of a page, a palette resolved.
 
     Raises:
-      UserError: it does not decode; `where` names it.
+      UserError: it does not decode, or is RGB with 16 bits; `where` names it.
     """
     with _opened(path, f"{where} does not decode") as stack:
         stack.seek(page)
+        if _crushed(stack):
+            raise UserError(f"{where} is RGB with 16 bits a channel; convert it to 8-bit grey")
+        orientation = _orientation(stack)
         frame = stack.convert("RGB") if stack.mode == "P" else stack
-        return frame.mode, np.array(frame)
+        values = np.array(frame)
+        if stack.format == "TIFF":  # which Pillow has turned
+            values = _turned_back(values, orientation)
+        return frame.mode, values, orientation
 
 
-def read(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
-    """An image as RGB bytes.
+def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """An image as RGB bytes, as shown.
 
     Args:
-      image: a path, a PIL image, or uint8 [h w 3] RGB or [h w] grey.
+      image: a path, a PIL image, or uint8 or uint16 [h w 3] RGB or [h w] grey.
+      white: the value that is white in 16-bit images, if that is known (see `eight_bits`).
 
     Raises:
-      UserError: it does not exist, does not decode, or is neither RGB nor grey with 8 bits.
+      UserError: it does not exist, does not decode, is neither RGB nor grey, is transparent, or has
+        16 bits without a `white`.
     """
     if isinstance(image, np.ndarray):
         pixels = image[..., None] if image.ndim == 2 else image
-        if image.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        if (
+            image.dtype not in (np.uint8, np.uint16)
+            or pixels.ndim != 3
+            or pixels.shape[2] not in (1, 3)
+        ):
             raise UserError(
                 f"an image array is {image.dtype} {list(image.shape)}; give uint8 [h, w, 3] RGB or "
                 "[h, w] grey"
             )
+        pixels = eight_bits(pixels, white, "array", _NO_WHITE)
         return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()
     if isinstance(image, Image.Image):
         _check_mode(image, "the image")
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        if _crushed(image):
+            raise UserError("the image is RGB with 16 bits a channel; give its path")
+        deep = image.mode.startswith("I;16")
+        pixels = np.array(image).astype(np.uint16) if deep else np.array(image.convert("RGB"))
+        return turned(read(pixels, white), 1 if image.format == "TIFF" else _orientation(image))
     try:
-        with Image.open(image) as opened:
+        data = Path(image).read_bytes()
+        with _quietly_opened(data) as opened:
             _check_mode(opened, image)
-        return decode(Path(image).read_bytes())
+        pixels = eight_bits(decode_deep(data), white, image, _NO_WHITE)
+        return turned(pixels, header(data).orientation)
     except FileNotFoundError as error:
         raise UserError(f"image {image} does not exist; check the path") from error
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise UserError(f"image {image} does not decode ({reason(error)}); replace it") from error
 
 
+_NO_WHITE = "the run has no data.white, so convert the image to 8 bits"
+
+
 def _check_mode(image: Image.Image, name: object) -> None:
-    if image.mode not in ("1", "L", "P", "RGB"):
+    if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I;16"):
         raise UserError(
             f"image {name} is {image.mode}, neither RGB nor grey with 8 bits; convert it"
         )
+    if _transparent(image):
+        raise UserError(f"image {name} has transparent pixels; save it without transparency")
+
+
+def _crushed(image: Image.Image) -> bool:
+    """Whether Pillow, which has not yet read the pixels, will drop 8 of their 16 bits."""
+    raw = [tile[3] for tile in getattr(image, "tile", ())]
+    raw = [kind if isinstance(kind, str) else kind[0] for kind in raw]
+    return image.mode == "RGB" and any(kind and ";16" in kind for kind in raw)
 
 
 def encode(

@@ -42,6 +42,28 @@ def _no_bars(data: pathlib.Path) -> None:
         Image.fromarray(np.where(mask == 2, 0, mask).astype(np.uint8)).save(path)
 
 
+def _white_discs(data: pathlib.Path) -> None:
+    (data / "classes.txt").write_text("ground\ndisc\n")
+    for path in (data / "masks").iterdir():
+        Image.fromarray((255 * (np.array(Image.open(path)) == 1)).astype(np.uint8)).save(path)
+
+
+def _turned(data: pathlib.Path) -> None:
+    image = Image.open(data / "images" / "im0.png")
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(data / "images" / "im0.png", exif=exif)
+
+
+def _deep(path: pathlib.Path) -> None:
+    Image.fromarray(np.full((40, 56), 4000, np.uint16)).save(path)
+
+
+def _leak(data: pathlib.Path) -> None:
+    (data / "train.txt").write_text("im0\nim1\n")
+    (data / "validation.txt").write_text("im2\nim0\n")
+
+
 # name: (what is done to the data, further arguments of train.py, words the line must hold)
 DATA: dict[str, tuple[Spoil, list[str], str]] = {
     "missing data folder": (lambda d: shutil.rmtree(d), [], "does not exist"),
@@ -81,6 +103,24 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
         "holds the value 77",
     ),
     "a class without a training pixel": (_no_bars, [], "no pixel of class 'bar'"),
+    "two classes, masks of 0 and 255": (_white_discs, [], "--config.data.values=0,255"),
+    "mask values for too few classes": (
+        lambda d: None,
+        ["--config.data.values=0,255"],
+        "gives 2 mask value(s) to 3 classes",
+    ),
+    "an image that is not stored as it is shown": (_turned, [], "--config.data.exif=ignore"),
+    "an image of 16 bits": (
+        lambda d: _deep(d / "images" / "im0.png"),
+        [],
+        "im0.png has 16 bits a channel, its largest value is 4000",
+    ),
+    "an image that trains and validates": (_leak, [], "is in split 'train' too"),
+    "class names in UTF-16": (
+        lambda d: (d / "classes.txt").write_text("ground\ndisc\nbar\n", "utf-16"),
+        [],
+        "classes.txt is UTF-16; save it as UTF-8",
+    ),
     "a class to hold out that does not exist": (
         lambda d: None,
         ["--config.data.held_out=cube"],
@@ -239,6 +279,7 @@ def explain_cases(
             raise RuntimeError(errors)
     (scratch / "text.png").write_text("no image")
     Image.fromarray(np.zeros((40, 56, 4), np.uint8)).save(scratch / "alpha.png")
+    _deep(scratch / "deep.png")
     prototypes = json.loads((work / "prototypes.json").read_text())["prototypes"]
     own = ",".join(str(p["index"]) for p in prototypes if p["class"] == 0)
     early = scratch / "early"
@@ -248,6 +289,7 @@ def explain_cases(
         "an image that does not decode": (["--images=" + str(scratch / "text.png")], "not decode"),
         "an image that is not there": (["--images=/nowhere.png"], "/nowhere.png does not exist"),
         "an image with transparency": (["--images=" + str(scratch / "alpha.png")], "is RGBA"),
+        "an image of 16 bits": (["--images=" + str(scratch / "deep.png")], "no data.white"),
         "a split that does not exist": (["--split=night"], "split 'night' does not exist"),
         "a folder that is no page": ([f"--out={scratch / 'data'}"], "no explorer page"),
         "an unknown figure": (["--figures=fig3"], "figure fig3 is unknown"),

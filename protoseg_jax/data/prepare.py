@@ -4,9 +4,10 @@ A data set is one file (of `data/sets`, or anyone's): `open(config)` says what i
 how an example is read, LABELS its classes where they are known beforehand, and `submission` how its
 benchmark wants predictions. All are prepared by one TFDS builder, as the ArrayRecord folder
 `CACHE/NAME-FINGERPRINT/NAME/VERSION/`. A stored example is {"image_id": text, "image": encoded
-bytes, as found unless the data set says so, "label": 8-bit grey PNG with void 255, "parts": (where
-there are parts) 8-bit grey PNG}. Encoded bytes, because an array given to TFDS's Image feature
-makes it import TensorFlow, which this project does not need.
+bytes, as found where they are plain (see `Reading.image`) and the data set says no other, "label":
+8-bit grey PNG with void 255, "parts": (where there are parts) 8-bit grey PNG}. Encoded bytes,
+because an array given to TFDS's Image feature makes it import TensorFlow, which this project does
+not need.
 """
 
 import contextlib
@@ -29,12 +30,15 @@ from jaxtyping import UInt8
 
 from protoseg_jax import extensions, files, images
 from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.data.leaks import Leaks
+from protoseg_jax.data.reading import Palettes, Reading, colours_used
 from protoseg_jax.data.source import SegmentationData
 from protoseg_jax.errors import UserError
 from protoseg_jax.progress import Progress
 
-_FORMAT = 1  # part of every fingerprint; raise it when what is stored changes
+_FORMAT = 2  # part of every fingerprint; raise it when what is stored, or refused, changes
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_UNDECIDED = Reading()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Example:
     image: bytes  # encoded
     label: UInt8[np.ndarray, "h w"]  # classes and VOID
     parts: UInt8[np.ndarray, "h w"] | None = None
+    pixels: UInt8[np.ndarray, "h w 3"] | None = None  # the image, where it is plain and decoded
+    mask: str = ""  # names the file of the label, where it is indexed,
+    colours: dict[int, bytes] = dataclasses.field(default_factory=dict)  # with these by value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,7 @@ class DataSet:
       source: all that decides the examples, for the fingerprint (by `repr`).
       part_names: names of the part labels, where examples have such.
       drawn: names of the images by split, where the split is drawn at random.
+      void: the mask value without a class, where `data.values` might make it one.
     """
 
     name: str
@@ -69,6 +77,7 @@ class DataSet:
     source: Iterable[Any]
     part_names: tuple[str, ...] | None = None
     drawn: dict[str, list[str]] | None = None
+    void: int | None = None
 
 
 def open_data(config: ml_collections.ConfigDict) -> SegmentationData:
@@ -77,10 +86,9 @@ def open_data(config: ml_collections.ConfigDict) -> SegmentationData:
     Raises:
       UserError: unknown name, or data that is missing or wrong.
     """
-    module = _module(config)
-    return prepare(
-        module.open(config), config.data.cache, getattr(module, "submission", _label_png)
-    )
+    module, reading = _module(config), Reading.of(config)
+    submission = getattr(module, "submission", _label_png)
+    return prepare(module.open(config), config.data.cache, submission, reading)
 
 
 def labels_of(config: ml_collections.ConfigDict) -> LabelSet:
@@ -102,15 +110,20 @@ def _label_png(_: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> tuple
 
 
 def prepare(
-    dataset: DataSet, cache: str | os.PathLike, submission: Callable = _label_png
+    dataset: DataSet,
+    cache: str | os.PathLike,
+    submission: Callable = _label_png,
+    reading: Reading = _UNDECIDED,
 ) -> SegmentationData:
     """A data set, prepared in the folder `cache` unless it is there.
 
     Raises:
-      UserError: from `DataSet.example`, and nothing is left behind; or the cache cannot be written.
+      UserError: from `DataSet.example`, an image needs a setting or leaks (see `Leaks`), and
+        nothing is left behind; or the cache cannot be written.
     """
-    root = Path(cache).expanduser() / f"{dataset.name}-{fingerprint(dataset.source)}"
-    builder = _Builder(dataset, root)
+    key = fingerprint([*dataset.source, reading])
+    root = Path(cache).expanduser() / f"{dataset.name}-{key}"
+    builder = _Builder(dataset, root, reading)
     if not builder.data_path.exists():
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +143,7 @@ def prepare(
         labels=dataset.labels,
         part_names=dataset.part_names,
         drawn=dataset.drawn,
+        void=dataset.void,
         splits={split: builder.info.splits[split].num_examples for split in dataset.splits},
         folder=os.fspath(builder.data_dir),
         metadata=builder.info.metadata,
@@ -146,8 +160,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, dataset: DataSet, root: Path):
+    def __init__(self, dataset: DataSet, root: Path, reading: Reading):
         self.name, self._dataset, self._root = dataset.name, dataset, root
+        self._reading, self._leaks, self._palettes = reading, Leaks(), Palettes()
         super().__init__(data_dir=root, file_format="array_record")
 
     def write(self) -> None:
@@ -184,7 +199,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             builder=self,
             description=f"{self.name}, for semantic segmentation; void is {VOID}.",
             features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(class_pixels={}, label_size={}),
+            metadata=tfds.core.MetadataDict(class_pixels={}, void_pixels={}, label_size={}),
             disable_shuffling=True,  # the source's order; training shuffles by its own seed
         )
 
@@ -200,7 +215,12 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 example = self._dataset.example(split, item)
                 pixels += np.bincount(example.label.ravel(), minlength=256)
                 size = np.maximum(size, example.label.shape)
-                record = {"image_id": example.image_id, "image": example.image}
+                self._palettes.add(example.mask, example.colours)
+                image, rgb = example.image, example.pixels
+                if rgb is None:
+                    image, rgb = self._reading.image(image, f"{example.image_id!r} of {self.name}")
+                self._leaks.add(split, example.image_id, rgb)
+                record = {"image_id": example.image_id, "image": image}
                 for name in ("label", "parts"):
                     if (labels := getattr(example, name)) is not None:
                         record[name] = images.encode(labels)
@@ -208,6 +228,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 progress.update(1)
         # TFDS writes the metadata when all splits are done.
         self.info.metadata["class_pixels"][split] = pixels[: len(self._dataset.labels)].tolist()
+        self.info.metadata["void_pixels"][split] = int(pixels[VOID])
         self.info.metadata["label_size"][split] = size.tolist()
 
 
@@ -267,25 +288,13 @@ def images_in(folder: Path) -> dict[str, Path]:
     return found
 
 
-def lines_in(path: Path) -> list[str]:
-    """Lines of a text file, stripped, without the empty ones."""
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-
-
-def decode_image(data: bytes, where: object) -> UInt8[np.ndarray, "h w 3"]:
-    """An encoded image as RGB; `where` names it in messages.
-
-    Raises:
-      UserError: it does not decode.
-    """
-    try:
-        return images.decode(data)
-    except ValueError as error:
-        raise UserError(f"image {where} does not decode; replace the file") from error
-
-
 def read_pair(
-    stem: str, image: Path, mask: Path | None, values: Mapping[int, int], classes: int
+    stem: str,
+    image: Path,
+    mask: Path | None,
+    values: Sequence[int],
+    void: int | None,
+    reading: Reading,
 ) -> Example:
     """An image with its mask, checked.
 
@@ -293,37 +302,41 @@ def read_pair(
       stem: becomes the image's id.
       image: PNG or JPEG.
       mask: indexed or grey PNG; None for an image without labels, all of which is void.
-      values: mask values that do not stand for themselves, e.g. {11: VOID}.
-      classes: C; after `values`, a mask holds 0 … C−1 and VOID.
+      values: mask value of each class, in order.
+      void: mask value without a class, whatever `values` say; None without one.
+      reading: how both are read.
 
     Raises:
-      UserError: a file is missing, does not decode, has another size, or a strange value.
+      UserError: a file is missing, does not decode, needs a setting, has another size, or a strange
+        value.
     """
     if mask and not mask.is_file():
         raise UserError(f"image {image} has no mask {mask}; add it or remove the image")
-    data = image.read_bytes()
-    size = decode_image(data, image).shape[:2]
+    data, pixels = reading.image(image.read_bytes(), image)
+    size = pixels.shape[:2]
     if not mask:
-        return Example(stem, data, np.full(size, VOID, np.uint8))
-    raw = images.decode_mask(mask.read_bytes(), mask)
+        return Example(stem, data, np.full(size, VOID, np.uint8), pixels=pixels)
+    raw, palette = reading.mask(mask.read_bytes(), mask)
     if raw.shape != size:
         raise UserError(
             f"image {image} is {size[0]}×{size[1]} but its mask {mask} is "
             f"{raw.shape[0]}×{raw.shape[1]} (height×width); make them equal"
         )
     table = np.full(256, 254, np.uint8)
-    table[:classes] = np.arange(classes)
-    for value, label in values.items():
-        table[value] = label
+    table[list(values)] = np.arange(len(values))
+    if void is not None:
+        table[void] = VOID
     label = table[raw]
     if (label == 254).any():
-        value = int(raw[label == 254][0])
+        known = f"0–{len(values) - 1}" if isinstance(values, range) else ", ".join(map(str, values))
         raise UserError(
-            f"mask {mask} holds the value {value}, which is neither a class (0–{classes - 1}) nor "
-            f"void ({', '.join(str(v) for v, to in values.items() if to == VOID)}); "
-            "correct the mask, the classes or data.void"
+            f"mask {mask} holds the value {int(raw[label == 254][0])}, which is neither a class "
+            f"({known}) nor void ({'none' if void is None else void}); correct the mask or the "
+            "classes; or, of the data set folder, set data.values, the mask value of each class, "
+            "or data.void"
         )
-    return Example(stem, data, label)
+    colours = colours_used(raw, palette)
+    return Example(stem, data, label, pixels=pixels, mask=str(mask), colours=colours)
 
 
 def draw_split(names: Sequence[Any], seed: int, one_in: int) -> dict[str, list[Any]]:

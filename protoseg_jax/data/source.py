@@ -86,10 +86,11 @@ class SegmentationData:
     """A prepared data set.
 
     Attributes:
-      name, labels, part_names, drawn: see `prepare.DataSet`.
+      name, labels, part_names, drawn, void: see `prepare.DataSet`.
       splits: number of examples by split.
       folder: the prepared folder, with its version.
-      metadata: {"class_pixels": {split: [C]}, "label_size": {split: [2]}}.
+      metadata: {"class_pixels": {split: [C]}, "void_pixels": {split: number}, "label_size": {split:
+        [2]}}.
       submission: (split, image id, predicted classes uint8 [h w]) → (path below the predictions'
         folder, PNG), in the benchmark's format where the data set has one.
     """
@@ -98,9 +99,10 @@ class SegmentationData:
     labels: LabelSet
     part_names: tuple[str, ...] | None
     drawn: dict[str, list[str]] | None
+    void: int | None
     splits: dict[str, int]
     folder: str
-    metadata: dict[str, dict[str, list[int]]]
+    metadata: dict[str, dict[str, Any]]
     submission: Callable[[str, str, UInt8[np.ndarray, "h w"]], tuple[str, bytes]]
 
     def source(self, split: str) -> Source:
@@ -116,6 +118,12 @@ class SegmentationData:
     def labelled(self, split: str) -> bool:
         """Whether any pixel of a split has a class; benchmarks keep their test labels."""
         return bool(self.class_pixels(split).any())
+
+    def void_may_be_a_class(self, split: str) -> bool:
+        """Whether masks of 0 and the value of `data.void` are all that a split has."""
+        pixels = self.class_pixels(split)
+        void = self.metadata["void_pixels"][split]
+        return self.void is not None and bool(pixels[0] and void) and not pixels[1:].any()
 
     def label_size(self, split: str) -> tuple[int, int]:
         """The largest label height and the largest label width of a split."""

@@ -165,12 +165,13 @@ class Model(Finished):
         """Labels and probabilities of an image of any size.
 
         Args:
-          image: a path, a PIL image, or uint8 [h w 3] RGB or [h w] grey.
+          image: a path, a PIL image, or uint8 [h w 3] RGB or [h w] grey; uint16 where the run has
+            `data.white`.
 
         Raises:
-          UserError: the image does not decode or is neither RGB nor grey.
+          UserError: the image does not decode or is neither RGB nor grey with so many bits.
         """
-        image = images.read(image)
+        image = self._read(image)
         return _assemble(image.shape[:2], len(self.classes), self._parts(infer, image))
 
     def explain(self, image: images.ImageLike) -> Explanation:
@@ -183,7 +184,7 @@ class Model(Finished):
           UserError: as `segment`; or the run is the black box, which has nothing to explain by.
         """
         self.require_prototypes()
-        image = images.read(image)
+        image = self._read(image)
         parts = [
             dataclasses.replace(part, points=jax.tree.map(np.asarray, part.points))
             for part in self._parts(_explain_points, image)
@@ -197,12 +198,15 @@ class Model(Finished):
           UserError: one cannot be read, or there is no such data or split.
         """
         if paths:
-            return [Picture(Path(path).stem, images.read(path), None) for path in paths]
+            return [Picture(Path(path).stem, self._read(path), None) for path in paths]
         data = self.experiment.data
         source, labelled = data.source(split), data.labelled(split)
         chosen = np.unique(np.linspace(0, len(source) - 1, _PICTURES).astype(int)).tolist()
         found = [source[n] for n in chosen]
         return [Picture(e["image_id"], e["image"], e["label"] if labelled else None) for e in found]
+
+    def _read(self, image: images.ImageLike) -> UInt8[np.ndarray, "H W 3"]:
+        return images.read(image, self.experiment.config.data.white)
 
     def _parts(self, look: Callable, image: UInt8[np.ndarray, "H W 3"]) -> Iterator[Part]:
         """What `look` finds in each part of an image that the network sees at once."""

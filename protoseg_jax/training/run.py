@@ -65,10 +65,20 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
         names = enumerate(experiment.labels.names)
         absent = [name for c, name in names if not pixels[c] and c != experiment.held_out]
         if absent:
+            why = (
+                "so there is nothing to learn it from; add images of it, or remove it from the "
+                "classes"
+            )
+            if experiment.data.void_may_be_a_class(split):
+                void = experiment.data.void
+                values = f"0,{void}" if len(pixels) == 2 else "… to each class's mask value"
+                why = (
+                    f"whose masks hold 0 and {void} alone, and {void} means no label (data.void); "
+                    f"where it is a class, set --config.data.values={values}"
+                )
             raise UserError(
                 f"no pixel of class {', '.join(map(repr, absent))} in split {split!r} of "
-                f"data set {experiment.data.name!r}, so there is nothing to learn it from; add "
-                "images of it, or remove it from the classes"
+                f"data set {experiment.data.name!r}, {why}"
             )
     return starts.initial(experiment) if new else None
 

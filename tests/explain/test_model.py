@@ -101,6 +101,19 @@ def test_an_array_a_pil_image_and_a_path_are_the_same(model, image, tmp_path):
         np.testing.assert_array_equal(model.segment(other).probabilities, expected)
 
 
+def test_a_picture_of_16_bits_takes_the_run_s_white(alone, image, tmp_path):
+    shutil.copytree(alone, tmp_path / "run")
+    config = read_json(tmp_path / "run" / "config.json")
+    config["data"]["white"] = 255 * 16
+    write_json(tmp_path / "run" / "config.json", config)
+    model, deep = protoseg_jax.load(tmp_path / "run"), image.astype(np.uint16) * 16
+    expected = model.segment(image).labels
+    np.testing.assert_array_equal(model.segment(deep).labels, expected)
+    np.testing.assert_array_equal(model.explain(deep).segmentation.labels, expected)
+    with pytest.raises(UserError, match="16 bits a channel, .* the run has no data.white"):
+        protoseg_jax.load(alone).segment(deep)
+
+
 def test_images_that_are_none_are_refused_in_one_line(model, image, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(tmp_path / "alpha.png")

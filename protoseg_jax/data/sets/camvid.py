@@ -7,7 +7,8 @@ JPEG, masks as 8-bit PNG of the same stem with ids 0–10 and 11 for void.
 import ml_collections
 
 from protoseg_jax.data import prepare
-from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.data.labels import LabelSet
+from protoseg_jax.data.reading import Reading
 from protoseg_jax.errors import UserError
 
 _CLASSES = {
@@ -40,10 +41,11 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
             raise UserError(f"camvid: no .png or .jpg images in {root / folder}; add them")
         masks = prepare.data_folder(config, _LAYOUT, f"{folder}annot")
         splits[split] = [(stem, path, masks / f"{stem}.png") for stem, path in images.items()]
+    reading = Reading.of(config)
     return prepare.DataSet(
         name="camvid",
         labels=LABELS,
         splits=splits,
-        example=lambda _, pair: prepare.read_pair(*pair, {11: VOID}, len(LABELS)),
+        example=lambda _, pair: prepare.read_pair(*pair, range(len(LABELS)), 11, reading),
         source=[prepare.file_stamp(p) for of in splits.values() for _, *pair in of for p in pair],
     )

@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from protoseg_jax import images
 from protoseg_jax.data import prepare
 from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.data.reading import Reading, colours_used
 from protoseg_jax.errors import UserError, reason
 
 _CLASSES = (
@@ -59,18 +60,20 @@ _LAYOUT = f"leftImg8bit/ and gtFine/, or {' and '.join(_ZIPS)}, or TFDS's prepar
 
 def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     """The images of each split by name, from whichever of the three layouts is there."""
-    root = prepare.data_folder(config, _LAYOUT)
+    root, reading = prepare.data_folder(config, _LAYOUT), Reading.of(config)
     if (root / "dataset_info.json").is_file():
         used = sorted(root.iterdir())
-        splits, example = _prepared_by_tfds(root)
+        splits, example = _prepared_by_tfds(root, reading)
     elif all((root / name).is_file() for name in _ZIPS):
         used = [root / name for name in _ZIPS]
-        splits, example = _official({k: v for path in used for k, v in _members(path).items()})
+        splits, example = _official(
+            {k: v for path in used for k, v in _members(path).items()}, reading
+        )
     elif (root / "leftImg8bit").is_dir():
         found = (p for top in ("leftImg8bit", "gtFine") for p in (root / top).rglob("*.png"))
         files = {p.relative_to(root).as_posix(): p for p in found}
         used = [files[name] for name in sorted(files)]
-        splits, example = _official(files)
+        splits, example = _official(files, reading)
     else:
         raise UserError(f"cityscapes: {root} holds no images; data.dir must hold {_LAYOUT}")
     splits = {split: items for split, items in splits.items() if len(items)}
@@ -87,15 +90,18 @@ def submission(split: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> t
     return f"{image_id}_pred_labelIds.png", images.palette_png(ids)
 
 
-def _example(split: str, image_id: str, data: bytes, label: bytes | None) -> prepare.Example:
+def _example(
+    split: str, image_id: str, data: bytes, label: bytes | None, reading: Reading
+) -> prepare.Example:
     """An image and its label ids, checked."""
-    pixels = prepare.decode_image(data, image_id)
+    data, pixels = reading.image(data, image_id)
     size = pixels.shape[:2]
     if split == "train":
         data = images.encode(pixels, ".bmp")
     if label is None:
-        return prepare.Example(image_id, data, np.full(size, VOID, np.uint8))
-    ids = images.decode_mask(label, f"of {image_id}")
+        return prepare.Example(image_id, data, np.full(size, VOID, np.uint8), pixels=pixels)
+    where = f"of {image_id}"
+    ids, palette = reading.mask(label, where)
     if ids.shape != size:
         raise UserError(
             f"cityscapes: image {image_id} is {size[0]}×{size[1]} but its labels are "
@@ -109,7 +115,8 @@ def _example(split: str, image_id: str, data: bytes, label: bytes | None) -> pre
         )
     table = np.full(256, VOID, np.uint8)
     table[list(IDS)] = np.arange(len(IDS))
-    return prepare.Example(image_id, data, table[ids])
+    colours = colours_used(ids, palette)
+    return prepare.Example(image_id, data, table[ids], pixels=pixels, mask=where, colours=colours)
 
 
 def _members(path: Path) -> dict[str, zipfile.Path]:
@@ -133,7 +140,9 @@ def _read(file: Path | zipfile.Path) -> bytes:
         ) from error
 
 
-def _official(files: Mapping[str, Path | zipfile.Path]) -> tuple[dict[str, list], Callable]:
+def _official(
+    files: Mapping[str, Path | zipfile.Path], reading: Reading
+) -> tuple[dict[str, list], Callable]:
     """(items of each split, their example) of files by their official names."""
     splits = {split: [] for split in _SPLITS.values()}
     for name in sorted(files):
@@ -148,12 +157,12 @@ def _official(files: Mapping[str, Path | zipfile.Path]) -> tuple[dict[str, list]
     def example(split: str, item: tuple[str, str, str]) -> prepare.Example:
         image_id, name, label = item
         label = None if split == "test" else _read(files[label])
-        return _example(split, image_id, _read(files[name]), label)
+        return _example(split, image_id, _read(files[name]), label, reading)
 
     return splits, example
 
 
-def _prepared_by_tfds(root: Path) -> tuple[dict[str, range], Callable]:
+def _prepared_by_tfds(root: Path, reading: Reading) -> tuple[dict[str, range], Callable]:
     """As `_official`, from a folder that TFDS prepared."""
     try:
         info = json.loads((root / "dataset_info.json").read_text())
@@ -182,6 +191,6 @@ def _prepared_by_tfds(root: Path) -> tuple[dict[str, range], Callable]:
         record = records[split][number]
         image_id = Path(record["image_id"].decode()).name.removesuffix("_leftImg8bit.png")
         label = None if split == "test" else record["segmentation_label"]
-        return _example(split, image_id, record["image_left"], label)
+        return _example(split, image_id, record["image_left"], label, reading)
 
     return {split: range(len(of)) for split, of in records.items()}, example

@@ -2,7 +2,7 @@
 
 ```
 images/      PNG or JPEG, any sizes
-masks/       indexed or grey 8-bit PNG of the same stem: class numbers and the void value
+masks/       indexed or grey 8-bit PNG of the same stem: class numbers, or `data.values`, and void
 classes.txt  one class name a line, number 0 first
 train.txt, validation.txt, test.txt   optional: one stem a line
 ```
@@ -10,13 +10,14 @@ train.txt, validation.txt, test.txt   optional: one stem a line
 Without `train.txt` and `validation.txt` a seeded fifth of the images is held out for validation.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import ml_collections
 
 from protoseg_jax.data import prepare
-from protoseg_jax.data.labels import VOID, generic
+from protoseg_jax.data.labels import LabelSet, generic
+from protoseg_jax.data.reading import Reading, lines_in
 from protoseg_jax.errors import UserError
 
 _LAYOUT = "images/, masks/ and classes.txt"
@@ -28,7 +29,8 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     root = prepare.data_folder(config, _LAYOUT)
     masks = prepare.data_folder(config, _LAYOUT, "masks")
     images = prepare.images_in(prepare.data_folder(config, _LAYOUT, "images"))
-    labels, void = generic(_class_names(root / "classes.txt")), int(config.data.void)
+    labels, reading = generic(_class_names(root / "classes.txt")), Reading.of(config)
+    values, void = _mask_values(config, labels)
     splits, drawn = _listed(root, images), None
     if not splits:
         if len(images) < 2:
@@ -40,11 +42,12 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
 
     def example(_: str, stem: str) -> prepare.Example:
         mask = masks / f"{stem}.png"
-        return prepare.read_pair(stem, images[stem], mask, {void: VOID}, len(labels))
+        return prepare.read_pair(stem, images[stem], mask, values, void, reading)
 
     paths = [*images.values(), *(masks / f"{stem}.png" for stem in images)]
-    source = [*map(prepare.file_stamp, paths), labels.names, void, splits]
-    return prepare.DataSet("folder", labels, splits, example, source, drawn=drawn)
+    source = [*map(prepare.file_stamp, paths), labels.names, values, void, splits]
+    told = void if isinstance(values, range) else None
+    return prepare.DataSet("folder", labels, splits, example, source, drawn=drawn, void=told)
 
 
 def _listed(root: Path, images: Collection[str]) -> dict[str, list[str]]:
@@ -59,7 +62,7 @@ def _listed(root: Path, images: Collection[str]) -> dict[str, list[str]]:
             )
     splits = {}
     for name, path in present.items():
-        splits[name] = prepare.lines_in(path)
+        splits[name] = lines_in(path)
         if not splits[name]:
             raise UserError(f"folder: {path} lists no image; write one name a line")
         for stem in splits[name]:
@@ -73,7 +76,32 @@ def _listed(root: Path, images: Collection[str]) -> dict[str, list[str]]:
 def _class_names(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"folder: {path} is missing; write one class name a line, class 0 first")
-    names = prepare.lines_in(path)
+    names = lines_in(path)
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"folder: {path} must name at least two classes, each once")
     return names
+
+
+def _mask_values(
+    config: ml_collections.ConfigDict, labels: LabelSet
+) -> tuple[Sequence[int], int | None]:
+    """(mask value of each class, that of no label unless a class has it)."""
+    # By its key: an attribute `values` is the method of every ConfigDict.
+    void, values = int(config.data.void), tuple(config.data["values"])
+    if not 0 <= void <= 255:
+        raise UserError(f"data.void={void} must lie in 0–255; set --config.data.void")
+    if not values:
+        return range(len(labels)), void
+    wrong = None
+    if len(values) != len(labels):
+        wrong = f"gives {len(values)} mask value(s) to {len(labels)} classes"
+    elif not all(type(v) is int and 0 <= v <= 255 for v in values):
+        wrong = "holds what is no number in 0–255"
+    elif len(set(values)) < len(values):
+        wrong = "holds a value twice"
+    if wrong:
+        raise UserError(
+            f"data.values={values} {wrong}; set --config.data.values to the mask value of each "
+            f"class in order: {', '.join(labels.names)}"
+        )
+    return values, None if void in values else void

@@ -27,6 +27,7 @@ from jaxtyping import UInt8
 from protoseg_jax import images
 from protoseg_jax.data import prepare
 from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.data.reading import Reading
 from protoseg_jax.errors import UserError
 
 # Light and dark as in the sections: membranes dark.
@@ -55,14 +56,18 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
         count = images.count_pages(test)
         splits["test"] = [(f"test{n:02d}", (test, n), None) for n in range(count)]
         used.append(test)
-    source = [*map(prepare.file_stamp, used), drawn]
-    return prepare.DataSet("isbi_em", LABELS, splits, _example, source, drawn=drawn)
+    source, reading = [*map(prepare.file_stamp, used), drawn], Reading.of(config)
+
+    def example(_: str, section: Section) -> prepare.Example:
+        return _example(section, reading)
+
+    return prepare.DataSet("isbi_em", LABELS, splits, example, source, drawn=drawn)
 
 
-def _example(_: str, section: Section) -> prepare.Example:
+def _example(section: Section, reading: Reading) -> prepare.Example:
     name, image, label = section
-    grey = _grey(image)
-    inside = np.full(grey.shape, VOID, np.uint8) if label is None else _inside(label)
+    grey = _grey(image, reading)
+    inside = np.full(grey.shape, VOID, np.uint8) if label is None else _inside(label, reading)
     if inside.shape != grey.shape:
         raise UserError(
             f"{_where(image)} is {grey.shape[0]}×{grey.shape[1]} but {_where(label)} is "
@@ -106,14 +111,16 @@ def _where(page: Page) -> str:
     return f"section {number} of {path}" if path.suffix == ".tif" else str(path)
 
 
-def _grey(page: Page, *, binary: bool = False) -> np.ndarray:
-    """A page as 8-bit grey [h w]; with `binary`, one bit will do.
+def _grey(page: Page, reading: Reading, *, binary: bool = False) -> np.ndarray:
+    """A page as 8-bit grey [h w]; with `binary`, of labels, one bit will do.
 
     Raises:
-      UserError: its values are colours, or 16-bit and no 8-bit ones (as they are or times 257).
+      UserError: its values are colours, or 16-bit, and neither 8-bit ones (as they are or times
+        257) nor of an image where `data.white` is set; or its orientation wants a setting.
     """
     where = _where(page)
-    mode, values = images.read_page(*page, where)
+    mode, values, orientation = images.read_page(*page, where)
+    values = reading.upright(values, orientation, where)
     if binary and mode == "1":
         return values
     if values.ndim == 3 and mode in ("RGB", "RGBA"):
@@ -123,22 +130,24 @@ def _grey(page: Page, *, binary: bool = False) -> np.ndarray:
             )
         values = values[..., 0]
     if mode.startswith("I") and values.min() >= 0:
+        if reading.white and not binary and values.max() <= 65535:
+            return reading.white_at_255(values.astype(np.uint16), where)
         if values.max() <= 255:
             return values.astype(np.uint8)
         if values.max() <= 65535 and not (values % 257).any():
             return (values // 257).astype(np.uint8)
         raise UserError(
-            f"{where} has 16-bit values up to {values.max()}, and how they map to 8-bit grey is "
-            "not known; convert it to 8-bit grey"
+            f"{where} has 16-bit values up to {values.max()}, and which of them is white is not "
+            + ("known; convert it to 8-bit grey" if binary else "known; set --config.data.white")
         )
     if values.dtype != np.uint8 or values.ndim != 2:
         raise UserError(f"{where} has mode {mode}; convert it to 8-bit grey")
     return values
 
 
-def _inside(page: Page) -> UInt8[np.ndarray, "h w"]:
+def _inside(page: Page, reading: Reading) -> UInt8[np.ndarray, "h w"]:
     """Labels of a page: 0 membrane, 1 inside."""
-    values = _grey(page, binary=True)
+    values = _grey(page, reading, binary=True)
     found = np.unique(values).tolist()
     if not (set(found) <= {0, 1} or set(found) <= {0, 255}):
         shown = ", ".join(map(str, found[:4])) + (" …" if len(found) > 4 else "")

@@ -16,7 +16,8 @@ from jaxtyping import UInt8
 
 from protoseg_jax import images
 from protoseg_jax.data import prepare
-from protoseg_jax.data.labels import VOID, LabelSet
+from protoseg_jax.data.labels import LabelSet
+from protoseg_jax.data.reading import Reading, lines_in
 from protoseg_jax.errors import UserError
 
 LABELS = LabelSet(
@@ -46,7 +47,7 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
             f"voc: the augmented masks {root / 'SegmentationClassAug'} are missing; unpack the "
             "archive SegmentationClassAug.zip (12,031 PNGs, made from SBD) there"
         )
-    stems = _lists(root)
+    stems, reading = _lists(root), Reading.of(config)
 
     def pair(split: str, stem: str) -> tuple[str, Path, Path | None]:
         """(stem, image, mask of the split's kind, or of the other where there is none)."""
@@ -65,7 +66,7 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
             )
 
     def example(_: str, item: tuple[str, Path, Path | None]) -> prepare.Example:
-        return prepare.read_pair(*item, {255: VOID}, len(LABELS))
+        return prepare.read_pair(*item, range(len(LABELS)), 255, reading)
 
     source = [*map(prepare.file_stamp, paths), stems]
     return prepare.DataSet("voc", LABELS, splits, example, source)
@@ -97,7 +98,7 @@ def _read(path: Path) -> list[str]:
     """Stems of a list: one name, or a pair of paths, a line."""
     if not path.is_file():
         raise UserError(f"voc: list {path} is missing; data.dir must hold {_LAYOUT}")
-    stems = [Path(line.split()[0]).stem for line in prepare.lines_in(path)]
+    stems = [Path(line.split()[0]).stem for line in lines_in(path)]
     if not stems:
         raise UserError(f"voc: list {path} is empty; unpack it again")
     return stems
