@@ -43,7 +43,7 @@ def default() -> ConfigDict:
     c.data.projection_split = "train"  # where prototypes' patches come from
     c.data.held_out = text()  # a class to be void, for the novelty test
     c.data.void = 255  # mask value without a class (data set "folder")
-    c.data.values = ()  # mask value of each class ("folder"): (0, 255); (): its number
+    c.data.mask_values = ()  # mask value of each class ("folder"): (0, 255); (): its number
     c.data.exif = text()  # "apply": masks fit images as shown; "ignore": as stored; None: undecided
     c.data.white = config_dict.placeholder(int)  # the value that is white in 16-bit images
 

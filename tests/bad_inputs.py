@@ -103,10 +103,10 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
         "holds the value 77",
     ),
     "a class without a training pixel": (_no_bars, [], "no pixel of class 'bar'"),
-    "two classes, masks of 0 and 255": (_white_discs, [], "--config.data.values=0,255"),
+    "two classes, masks of 0 and 255": (_white_discs, [], "--config.data.mask_values=0,255"),
     "mask values for too few classes": (
         lambda d: None,
-        ["--config.data.values=0,255"],
+        ["--config.data.mask_values=0,255"],
         "gives 2 mask value(s) to 3 classes",
     ),
     "an image that is not stored as it is shown": (_turned, [], "--config.data.exif=ignore"),

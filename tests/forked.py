@@ -15,8 +15,9 @@ import tempfile
 _IMPORTS = (
     "PIL.JpegImagePlugin",
     "importlib_resources",
-    "protoseg_jax.cli.train",
-    "protoseg_jax.training.run",
+    "ml_collections.config_flags",
+    "protoseg_jax.program",
+    "protoseg_jax.training.run",  # no module of cli: each defines flags of its own
     "protoseg_jax.data.sets.folder",
     "protoseg_jax.data.sets.isbi_em",
     "protoseg_jax.evaluation.score",

@@ -6,14 +6,21 @@ import numpy as np
 from jaxtyping import UInt8
 
 from protoseg_jax.errors import UserError
+from protoseg_jax.progress import say
 
 _SCORED = ("validation", "test")  # all other splits train, or are where prototypes come from
 
 
 class Leaks:
-    """Looks at every image of a data set, in the order in which they are prepared."""
+    """Looks at every image of a data set, in the order in which they are prepared.
 
-    def __init__(self):
+    Args:
+      official: whether its splits are a benchmark's, which nobody can mend: pixels that two of them
+        share are then told, not refused.
+    """
+
+    def __init__(self, official: bool = False):
+        self._official = official
         self._names: set[tuple[str, str]] = set()
         # Of splits that are not scored, and of those that are: name or digest → (split, name).
         self._seen: tuple[dict[str | bytes, tuple[str, str]], ...] = {}, {}
@@ -23,7 +30,7 @@ class Leaks:
 
         Raises:
           UserError: the split has one of that name already; or a split of the other kind has one of
-            that name, or with the same pixels.
+            that name, or with the same pixels and is no benchmark's.
         """
         if (split, name) in self._names:
             raise UserError(
@@ -45,9 +52,11 @@ class Leaks:
                 )
             else:
                 what, advice = f"has the pixels of {twin!r} of split {other!r}", "take one out"
-            raise UserError(
-                f"image {name!r} of split {split!r} {what}, and a score on what trained is too "
-                f"good; {advice}"
+            text = (
+                f"image {name!r} of split {split!r} {what}, and a score on what trained is too good"
             )
+            if not (self._official and same_name is None):
+                raise UserError(f"{text}; {advice}")
+            say(f"warning: {text}")
         for found in (name, key):
             self._seen[scored].setdefault(found, (split, name))

@@ -67,7 +67,8 @@ class DataSet:
       source: all that decides the examples, for the fingerprint (by `repr`).
       part_names: names of the part labels, where examples have such.
       drawn: names of the images by split, where the split is drawn at random.
-      void: the mask value without a class, where `data.values` might make it one.
+      void: the mask value without a class, where `data.mask_values` might make it one.
+      official: whether its splits are a benchmark's (see `Leaks`).
     """
 
     name: str
@@ -78,6 +79,7 @@ class DataSet:
     part_names: tuple[str, ...] | None = None
     drawn: dict[str, list[str]] | None = None
     void: int | None = None
+    official: bool = False
 
 
 def open_data(config: ml_collections.ConfigDict) -> SegmentationData:
@@ -162,7 +164,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, dataset: DataSet, root: Path, reading: Reading):
         self.name, self._dataset, self._root = dataset.name, dataset, root
-        self._reading, self._leaks, self._palettes = reading, Leaks(), Palettes()
+        self._reading, self._leaks, self._palettes = reading, Leaks(dataset.official), Palettes()
         super().__init__(data_dir=root, file_format="array_record")
 
     def write(self) -> None:
@@ -332,8 +334,8 @@ def read_pair(
         raise UserError(
             f"mask {mask} holds the value {int(raw[label == 254][0])}, which is neither a class "
             f"({known}) nor void ({'none' if void is None else void}); correct the mask or the "
-            "classes; or, of the data set folder, set data.values, the mask value of each class, "
-            "or data.void"
+            "classes; or, of the data set folder, set data.mask_values, the mask value of each "
+            "class, or data.void"
         )
     colours = colours_used(raw, palette)
     return Example(stem, data, label, pixels=pixels, mask=str(mask), colours=colours)

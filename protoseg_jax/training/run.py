@@ -74,7 +74,7 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
                 values = f"0,{void}" if len(pixels) == 2 else "… to each class's mask value"
                 why = (
                     f"whose masks hold 0 and {void} alone, and {void} means no label (data.void); "
-                    f"where it is a class, set --config.data.values={values}"
+                    f"where it is a class, set --config.data.mask_values={values}"
                 )
             raise UserError(
                 f"no pixel of class {', '.join(map(repr, absent))} in split {split!r} of "

@@ -238,18 +238,22 @@ REFUSED = {
     "white beyond": (spoil_deep, {"data.white": 65536}, ["data.white=65536"]),
     "two values": (
         lambda root: None,
-        {"data.values": (0, 255)},
+        {"data.mask_values": (0, 255)},
         ["gives 2 mask value(s) to 3 classes"],
     ),
-    "a value twice": (lambda root: None, {"data.values": (0, 255, 0)}, ["holds a value twice"]),
+    "a value twice": (
+        lambda root: None,
+        {"data.mask_values": (0, 255, 0)},
+        ["holds a value twice"],
+    ),
     "a value beyond": (
         lambda root: None,
-        {"data.values": (0, 1, 256)},
+        {"data.mask_values": (0, 1, 256)},
         ["no number in 0–255", "land"],
     ),
     "a value that is text": (
         lambda root: None,
-        {"data.values": ("0,1,x",) * 3},
+        {"data.mask_values": ("0,1,x",) * 3},
         ["no number in 0–255"],
     ),
     "void beyond": (lambda root: None, {"data.void": 256}, ["data.void=256"]),
@@ -315,6 +319,17 @@ def test_which_splits_may_share_an_image():
             leaks.add(split, name, pixels)
 
 
+def test_a_benchmark_s_own_leak_is_told(capsys):
+    image, leaks = np.zeros((2, 3, 3), np.uint8), Leaks(official=True)
+    leaks.add("train", "a", image)
+    leaks.add("validation", "b", image)
+    assert (
+        "warning: image 'b' of split 'validation' has the pixels of 'a'" in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="has the name of one"):
+        leaks.add("test", "a", image + 1)
+
+
 def test_masks_of_0_and_255(tmp_path):
     small.make_data(tmp_path / "own")
     (tmp_path / "own" / "classes.txt").write_text("ground\ndisc\n")
@@ -328,8 +343,8 @@ def test_masks_of_0_and_255(tmp_path):
         run.check(small.experiment(config), new=False)
     assert "no pixel of class 'disc' in split 'train'" in str(caught.value)
     assert "255 means no label (data.void)" in str(caught.value)
-    assert "--config.data.values=0,255" in str(caught.value)
-    config.data["values"] = (0, 255)
+    assert "--config.data.mask_values=0,255" in str(caught.value)
+    config.data.mask_values = (0, 255)
     experiment = small.experiment(config)
     run.check(experiment, new=False)
     for example in everything(experiment.data.source("train")):
@@ -344,19 +359,19 @@ def test_an_absent_class_is_not_always_void(tmp_path):
         Image.fromarray(np.where(mask == 2, 0, mask).astype(np.uint8)).save(path)
     with pytest.raises(UserError, match="nothing to learn it from") as caught:
         run.check(small.experiment(small.make_config(tmp_path)), new=False)
-    assert "data.values" not in str(caught.value)
+    assert "data.mask_values" not in str(caught.value)
 
 
 def test_values_of_classes(tmp_path):
     root = make_folder(tmp_path / "own", void=9)
-    options = {"data.values": (2, 9, 0), "data.void": 1}
+    options = {"data.mask_values": (2, 9, 0), "data.void": 1}
     data = load("folder", root, tmp_path, **options)
     for example in everything(data.source("train")):
         raw = np.array(Image.open(root / "masks" / f"{example['image_id']}.png"))
         expected = np.select([raw == 2, raw == 9, raw == 0], [0, 1, 2], VOID)
         np.testing.assert_array_equal(example["label"], expected)
     with pytest.raises(UserError, match=r"value 1, which is neither a class \(2, 9, 0\) nor void"):
-        load("folder", root, tmp_path, **{"data.values": (2, 9, 0)})
+        load("folder", root, tmp_path, **{"data.mask_values": (2, 9, 0)})
 
 
 def test_a_data_set_from_outside_is_read_likewise(tmp_path):
@@ -385,7 +400,7 @@ def test_a_data_set_from_outside_is_read_likewise(tmp_path):
 def test_settings_are_part_of_the_prepared_folder(tmp_path):
     root = make_folder(tmp_path / "own")
     ways = ({}, {"data.exif": "apply"}, {"data.exif": "ignore"}, {"data.white": 4095})
-    ways += ({"data.values": (0, 1, 2)}, {"data.values": (1, 0, 2)})
+    ways += ({"data.mask_values": (0, 1, 2)}, {"data.mask_values": (1, 0, 2)})
     folders = [load("folder", root, tmp_path, **options).folder for options in ways]
     assert len(set(folders)) == len(ways)
 

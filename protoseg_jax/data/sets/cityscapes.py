@@ -81,7 +81,7 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
         if split not in splits:
             raise UserError(f"cityscapes: no {split} image in {root}; it must hold {_LAYOUT}")
     source = [*map(prepare.file_stamp, used)]
-    return prepare.DataSet("cityscapes", LABELS, splits, example, source)
+    return prepare.DataSet("cityscapes", LABELS, splits, example, source, official=True)
 
 
 def submission(split: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> tuple[str, bytes]:

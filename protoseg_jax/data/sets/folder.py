@@ -2,7 +2,7 @@
 
 ```
 images/      PNG or JPEG, any sizes
-masks/       indexed or grey 8-bit PNG of the same stem: class numbers, or `data.values`, and void
+masks/       indexed or grey 8-bit PNG of the same stem: class numbers, or `data.mask_values`; void
 classes.txt  one class name a line, number 0 first
 train.txt, validation.txt, test.txt   optional: one stem a line
 ```
@@ -86,8 +86,7 @@ def _mask_values(
     config: ml_collections.ConfigDict, labels: LabelSet
 ) -> tuple[Sequence[int], int | None]:
     """(mask value of each class, that of no label unless a class has it)."""
-    # By its key: an attribute `values` is the method of every ConfigDict.
-    void, values = int(config.data.void), tuple(config.data["values"])
+    void, values = int(config.data.void), tuple(config.data.mask_values)
     if not 0 <= void <= 255:
         raise UserError(f"data.void={void} must lie in 0–255; set --config.data.void")
     if not values:
@@ -101,7 +100,7 @@ def _mask_values(
         wrong = "holds a value twice"
     if wrong:
         raise UserError(
-            f"data.values={values} {wrong}; set --config.data.values to the mask value of each "
-            f"class in order: {', '.join(labels.names)}"
+            f"data.mask_values={values} {wrong}; set --config.data.mask_values to the mask value "
+            f"of each class in order: {', '.join(labels.names)}"
         )
     return values, None if void in values else void

@@ -69,7 +69,7 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
         return prepare.read_pair(*item, range(len(LABELS)), 255, reading)
 
     source = [*map(prepare.file_stamp, paths), stems]
-    return prepare.DataSet("voc", LABELS, splits, example, source)
+    return prepare.DataSet("voc", LABELS, splits, example, source, official=True)
 
 
 def submission(split: str, image_id: str, labels: UInt8[np.ndarray, "h w"]) -> tuple[str, bytes]:
