@@ -24,7 +24,7 @@ from protoseg_jax import images
 from protoseg_jax.data.labels import LabelSet
 from protoseg_jax.data.sets import cityscapes, voc
 from protoseg_jax.explain.model import Model, infer, load
-from protoseg_jax.explain.page import Shown, write
+from protoseg_jax.explain.page import Shown, Standing, write
 from protoseg_jax.files import write_atomically, write_json
 from protoseg_jax.inference import from_config
 from protoseg_jax.models.prototypes import equal_blocks
@@ -131,8 +131,8 @@ def page(folder: pathlib.Path) -> pathlib.Path:
         points = rng.random((*POINTS, features), np.float32)
         similarities = np.zeros((*POINTS, count), np.float32)
         shown.append(Shown(f"image {n}", image, labels, labels, points, similarities, []))
-    out, shares = folder / "explain", [1 / count] * count
-    write(out, model, facts=[], notes=[], shares=shares, nearest=nearest, shown=shown)
+    out, standings = folder / "explain", [Standing(1 / count, 0.25, ("wheel", 0.5, 0.1))] * count
+    write(out, model, facts=[], notes=[], standings=standings, nearest=nearest, shown=shown)
     return out / "index.html"
 
 

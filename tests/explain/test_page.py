@@ -12,6 +12,7 @@ import protoseg_jax
 from benchmarks import browser
 from benchmarks import explaining as benchmark
 from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import score
 from protoseg_jax.explain import page as pages
 from protoseg_jax.explain.page import explain_run
 from protoseg_jax.files import read_json, write_json
@@ -234,6 +235,24 @@ def test_without_data_or_sources_the_page_is_whole(chromium, examples, small_run
     text = chromium.evaluate("document.querySelector('main').textContent")
     assert "source not with the run" in text
     assert chromium.problems == []
+
+
+def test_a_card_tells_reach_and_part(window, small_run, page, tmp_path):
+    """Reach as it is measured; no part where the data set has none, and what is known of one."""
+    found = score.measure(small_run.experiment, small_run.checkpoint, "validation", ("reach",))
+    window.open(page, "view=prototypes")
+    cards = "[...document.querySelectorAll('#view-prototypes [data-prototype]')]"
+    shown = window.evaluate(f"{cards}.map((c) => Number(c.querySelector('.reach').value))")
+    assert shown == pytest.approx(found["reach"]["prototypes"])
+    assert window.evaluate("document.querySelectorAll('.part').length") == 0
+    standing = pages.Standing(0.5, 0.25, ("wheel", 0.5, 0.125))
+    plain = [pages.Standing()] * (len(small_run.prototypes) - 1)
+    told = {"standings": [standing, *plain], "nearest": [[]] * len(small_run.prototypes)}
+    pages.write(tmp_path / "page", small_run, facts=[], notes=[], shown=[], **told)
+    record = (tmp_path / "page" / "data" / "run.js").read_text()
+    assert '"share":0.5,"reach":0.25,"part":["wheel",0.5,0.125]' in record
+    assert record.count('"part":null') == len(plain)
+    assert window.problems == []
 
 
 def test_ten_images_and_210_prototypes_stay_below_15_megabytes(tmp_path):
