@@ -12,7 +12,7 @@ import protoseg_jax
 from benchmarks import browser
 from benchmarks import explaining as benchmark
 from protoseg_jax.errors import UserError
-from protoseg_jax.evaluation import score
+from protoseg_jax.evaluation.score import measure
 from protoseg_jax.explain import page as pages
 from protoseg_jax.explain.page import explain_run
 from protoseg_jax.files import read_json, write_json
@@ -239,7 +239,7 @@ def test_without_data_or_sources_the_page_is_whole(chromium, examples, small_run
 
 def test_a_card_tells_reach_and_part(window, small_run, page, tmp_path):
     """Reach as it is measured; no part where the data set has none, and what is known of one."""
-    found = score.measure(small_run.experiment, small_run.checkpoint, "validation", ("reach",))
+    found = measure(small_run.experiment, small_run.checkpoint, "validation", ("reach",))
     window.open(page, "view=prototypes")
     cards = "[...document.querySelectorAll('#view-prototypes [data-prototype]')]"
     shown = window.evaluate(f"{cards}.map((c) => Number(c.querySelector('.reach').value))")
