@@ -61,12 +61,13 @@ def command(data: pathlib.Path, cache: pathlib.Path, workdir: pathlib.Path) -> l
 
 
 def environment(scratch: pathlib.Path) -> dict[str, str]:
-    """One CPU device, and compiled programs kept, so that a restart costs seconds."""
+    """One CPU device, and compiled programs kept (where tests keep theirs, if they do), so that a
+    restart costs seconds."""
     return {
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

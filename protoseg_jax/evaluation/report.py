@@ -264,25 +264,29 @@ def _markdown(title: str, head: str, lines: Iterable[str]) -> str:
 
 
 def _measures(runs: Sequence[Run]) -> list[str]:
-    """The table of measures after the last phase, a row a data set, class held out and λ_J; none
+    """The table of measures after the last phase, a column a data set, class held out and λ_J; none
     without any."""
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    columns: dict[str, list[dict[str, Any]]] = {}
     measured = [run for run in runs if _LAST in run.measures]
     for run in measured:
         data = run.config["data"]
         without = f" without {data['held_out']}" if data["held_out"] else ""
         key = _SETS.get(data["name"], data["name"]) + without
-        weight = f"{run.config['loss']['diversity']:g}"
-        rows.setdefault((key, weight), []).append(run.measures[_LAST])
-    if not rows:
+        key += f", λ_J = {run.config['loss']['diversity']:g}"
+        columns.setdefault(key, []).append(run.measures[_LAST])
+    if not columns:
         return []
-    columns = titles(dict.fromkeys(name for run in measured for name in run.config["measures"]))
-    head = (f"{name}, %" if factor == 100 else name for _, name, factor in columns)
     lines = []
-    for key, found in rows.items():
-        cells = (mean_deviation((figure(m, k) for m in found), f, none="–") for k, _, f in columns)
-        lines.append(" | ".join((*key, *cells)))
-    head = " | ".join(("data", "λ_J", *head))
+    for key, name, factor in titles(
+        dict.fromkeys(name for run in measured for name in run.config["measures"])
+    ):
+        cells = [
+            mean_deviation((figure(m, key) for m in found), factor, none="–")
+            for found in columns.values()
+        ]
+        if any(cell != "–" for cell in cells):
+            lines.append(" | ".join((f"{name}, %" if factor == 100 else name, *cells)))
+    head = " | ".join(("measure", *columns))
     return [_markdown("Measures of explanations, validation", head, lines)]
 
 
