@@ -184,7 +184,7 @@ def draw_agreement(
         width_ratios=[1] * count + [1.7],
         layout="constrained",
     )
-    palette = matplotlib.colormaps["tab10"](np.arange(10))[:, :3]
+    palette = matplotlib.colormaps["tab10"](np.arange(max(len(own), parts.CELLS)) % 10)[:, :3]
     part_colours = np.zeros((len(found["census"].classes), 3))
     part_colours[ks] = matplotlib.colormaps["Set2"](np.arange(len(ks)))[:, :3]
     rows = (
@@ -244,7 +244,8 @@ def main() -> None:
     try:
         page(arguments.workdir, arguments.split, arguments.name, arguments.out)
     except UserError as error:
-        sys.exit(f"{error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def page(workdir: str, split: str, name: str | None, out: pathlib.Path) -> None:
@@ -255,13 +256,15 @@ def page(workdir: str, split: str, name: str | None, out: pathlib.Path) -> None:
     """
     run = Finished.load(workdir)
     data, classes = run.experiment.data, run.experiment.labels.names
-    if not data.part_names:
-        raise UserError(f"data set {data.name!r} has no part labels; name a run on one that has")
+    if not data.part_names or run.experiment.black_box:
+        raise UserError("the run needs prototypes, and a data set with part labels; name another")
     found = gather(run, split)
     with_parts = [classes[c] for c in np.unique(found["census"].classes) if c >= 0]
-    name = name or with_parts[0]
+    name = name or next(iter(with_parts), None)
     if name not in with_parts:
-        raise UserError(f"class {name!r} has no parts; choose one of {', '.join(with_parts)}")
+        raise UserError(
+            f"class {name!r} has no parts in {split}; choose one of {', '.join(with_parts) or '–'}"
+        )
     c = classes.index(name)
     points = ((found["labels"] == c) & (found["parts"] >= 0)).sum((1, 2))
     numbers = sorted(np.argsort(-points, kind="stable")[:_SHOWN].tolist())

@@ -21,6 +21,9 @@ _CONTEXT_CELLS = 2
 _CONTEXT_SHARE = 1 / 12
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
+# What Pillow raises of a file that is cut short or of another kind.
+_BROKEN = (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError)
+_BROKEN += (struct.error, Image.DecompressionBombError)
 _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}  # that a TIFF, and EXIF data, begin with
 
 ImageLike = "str | os.PathLike | np.ndarray | Image.Image"
@@ -108,7 +111,7 @@ def header(data: bytes) -> Header:
             # A phone's JPEG may hold a second picture (MPO), a preview.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             return Header(_orientation(image), frames, _transparent(image))
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except _BROKEN:
         return Header()
 
 
@@ -172,9 +175,11 @@ def _opened(file: Path | io.BytesIO, problem: str, *, why: bool = False) -> Iter
     try:
         # Not by its path, by which Pillow maps a plain TIFF and garbles one that is to be turned.
         opened = file.open("rb") if isinstance(file, Path) else file
-        with opened, Image.open(opened) as image:
-            yield image
-    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError) as error:
+        with warnings.catch_warnings(), opened:
+            warnings.simplefilter("ignore")  # what is wrong is told here
+            with Image.open(opened) as image:
+                yield image
+    except _BROKEN as error:
         told = f" ({reason(error)})" if why else ""
         raise UserError(f"{problem}{told}; replace the file") from error
 
@@ -204,9 +209,16 @@ def decode_mask(data: bytes, where: object) -> Mask:
             raise UserError(
                 f"mask {where} has mode {mask.mode}; save it as 8-bit grey or indexed PNG"
             )
+        _check_still(mask, f"mask {where}")
         values = np.array(mask).astype(np.uint8)
         palette = bytes(mask.getpalette() or ()) if mask.mode == "P" else b""
         return Mask(values, palette, _orientation(mask))
+
+
+def _check_still(image: Image.Image, what: str) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise UserError(f"{what} is an animation of {frames} frames; save the one that is meant")
 
 
 def count_pages(path: Path) -> int:
@@ -226,6 +238,10 @@ def read_page(path: Path, page: int, where: str) -> tuple[str, np.ndarray, int]:
       UserError: it does not decode, or is RGB with 16 bits; `where` names it.
     """
     with _opened(path, f"{where} does not decode") as stack:
+        if stack.format != "TIFF":
+            _check_still(stack, where)
+            if _transparent(stack):
+                raise UserError(f"{where} has transparent pixels; save it without transparency")
         stack.seek(page)
         if _crushed(stack):
             raise UserError(f"{where} is RGB with 16 bits a channel; convert it to 8-bit grey")

@@ -281,7 +281,7 @@ def images_in(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _IMAGE_SUFFIXES:
+        if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file():
             if path.stem in found:
                 raise UserError(
                     f"{found[path.stem]} and {path} have the same name; remove one of them"
@@ -324,20 +324,21 @@ def read_pair(
             f"image {image} is {size[0]}×{size[1]} but its mask {mask} is "
             f"{raw.shape[0]}×{raw.shape[1]} (height×width); make them equal"
         )
-    table = np.full(256, 254, np.uint8)
+    table = np.full(256, -1, np.int16)
     table[list(values)] = np.arange(len(values))
     if void is not None:
         table[void] = VOID
     label = table[raw]
-    if (label == 254).any():
+    if (label < 0).any():
         known = f"0–{len(values) - 1}" if isinstance(values, range) else ", ".join(map(str, values))
         raise UserError(
-            f"mask {mask} holds the value {int(raw[label == 254][0])}, which is neither a class "
+            f"mask {mask} holds the value {int(raw[label < 0][0])}, which is neither a class "
             f"({known}) nor void ({'none' if void is None else void}); correct the mask or the "
             "classes; or, of the data set folder, set data.mask_values, the mask value of each "
             "class, or data.void"
         )
     colours = colours_used(raw, palette)
+    label = label.astype(np.uint8)
     return Example(stem, data, label, pixels=pixels, mask=str(mask), colours=colours)
 
 

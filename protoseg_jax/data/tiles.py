@@ -106,9 +106,12 @@ class Tiled:
         example = self._source[place.image]
         window = tuple(slice(a, a + n) for a, n in zip(place.corner, self._size, strict=True))
         cut = {k: v[window] if isinstance(v, np.ndarray) else v for k, v in example.items()}
-        label = np.full_like(cut["label"], VOID)
-        label[place.inside()] = cut["label"][place.inside()]
-        return {**cut, "label": label}
+        for name, nothing in (("label", VOID), ("parts", 0)):
+            if name in cut:
+                own = np.full_like(cut[name], nothing)
+                own[place.inside()] = cut[name][place.inside()]
+                cut[name] = own
+        return cut
 
     def stitch(
         self, labels: Iterable[tuple[int, UInt8[np.ndarray, "h w"]]]

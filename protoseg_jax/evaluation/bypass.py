@@ -37,7 +37,7 @@ def _step(seen: Seen) -> dict[str, Array]:
 
     def share(image: Array) -> Float[Array, ""]:
         held, whole = responses(seen.inference, seen.variables, image, seen.key)
-        return jnp.where(held > 0, held / whole, 0.0)
+        return jnp.where(held == 0, 0.0, held / whole)
 
     index = seen.batch["index"]
     enters = (index >= 0) & (index < _IMAGES)

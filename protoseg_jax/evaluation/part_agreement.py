@@ -30,6 +30,7 @@ TITLES = (
 )
 
 _CONTROLS = ("position", "random", "oracle")
+_NOTHING = 1e-10  # nats, more than what rounding leaves of I − E where both are equal
 
 
 def make(context: Context) -> Measure:
@@ -155,7 +156,7 @@ def agreement(table: Int[np.ndarray, "k n"]) -> tuple[float, float, float]:
     total = table.sum()
     known, chance = information(table), expected_information(rows, columns)
     above = known - chance
-    if total == 0 or above <= 0:
+    if total == 0 or above <= _NOTHING:
         return 0.0, 0.0, 0.0
     h, c = (min(above / (_entropy(counts) - chance), 1.0) for counts in (rows, columns))
     return float(2 * h * c / (h + c)), float(h), float(c)

@@ -27,7 +27,7 @@ GRID = 3  # cells a side of the grid that "position" knows
 CELLS = GRID * GRID
 
 SHARE = 5  # a prototype is active on the fifth of its class's points most similar to it
-_CENTROIDS_STEP = 32  # numbers of centroids are padded to multiples of this: few are compiled
+_FEWEST_CENTROIDS = 32  # their numbers are padded to this, or twice it …: few are compiled
 
 
 class Census(NamedTuple):
@@ -51,7 +51,7 @@ def census(context: Context) -> Census:
         example = source[number]
         cells = 256 * example["parts"].astype(np.int64) + example["label"]
         counts += np.bincount(cells.ravel(), minlength=len(counts))
-    num_parts = len(context.experiment.data.part_names)
+    num_parts = len(context.experiment.data.part_names) - 1  # the first is "no part"
     counts = counts.reshape(256, 256)[1 : num_parts + 1, :num_classes]
     return Census(np.where(counts.any(1), counts.argmax(1), -1), counts.max(1))
 
@@ -100,7 +100,9 @@ def inputs(context: Context) -> Callable[[dict[str, np.ndarray]], dict[str, np.n
                 image = examples[int(n)]["parts"]
                 parts[row] = pad_and_crop(image, (0, 0, *canvas), 0)
                 centroids[row] = centroids_of(image, size)
-        room = max(-(-max(map(len, centroids)) // _CENTROIDS_STEP), 1) * _CENTROIDS_STEP
+        room = _FEWEST_CENTROIDS
+        while room < max(map(len, centroids)):
+            room *= 2
         filled = [rows + [(-1, 0, 0)] * (room - len(rows)) for rows in centroids]
         return {
             "parts": parts,
@@ -178,37 +180,42 @@ def visible(seen: Seen) -> Bool[Array, " k"]:
     return (part == jnp.arange(len(seen.batch["part_classes"]))).any(0)
 
 
-def places(
+def _places(
     labels: Int[Array, "h w"], num_classes: int
-) -> tuple[Float[Array, "h w c"], Float[Array, "h w c"]]:
-    """(y, x) of each point in the box around the points of each class, [0, 3) inside it."""
+) -> list[tuple[Int[Array, "*hw c"], Int[Array, " c"]]]:
+    """Down and across, (p, n) of each class: its box is n points long, and a point lies at p / 2n
+    in it, in cells of the grid. Integers, so that mirrored places are exactly alike."""
     own = labels[..., None] == jnp.arange(num_classes)
-
-    def along(axis: int) -> Float[Array, "h w c"]:
-        there = own.any(1 - axis)  # [h c] or [w c]
-        size = there.shape[0]
+    found = []
+    for axis in (0, 1):
+        there = own.any(1 - axis)  # [h c], then [w c]
+        size = len(there)
         low, high = there.argmax(0), size - there[::-1].argmax(0)  # half-open
-        place = GRID * (jnp.arange(size)[:, None] + 0.5 - low) / jnp.maximum(high - low, 1)
-        return jnp.broadcast_to(jnp.expand_dims(place, 1 - axis), own.shape)
-
-    return along(0), along(1)
+        place = GRID * (2 * (jnp.arange(size)[:, None] - low) + 1)
+        found.append((jnp.expand_dims(place, 1 - axis), high - low))
+    return found
 
 
 def cells(seen: Seen) -> Int[Array, "h w"]:
     """The cell of the grid over its class's box that each point lies in; any at void points."""
-    y, x = places(seen.labels, seen.inference.num_classes)
-    at = jnp.minimum(seen.labels, seen.inference.num_classes - 1)[..., None]
-    y, x = (jnp.take_along_axis(v, at, -1)[..., 0] for v in (y, x))
-    row, col = (jnp.clip(jnp.floor(v), 0, GRID - 1).astype(jnp.int32) for v in (y, x))
-    return GRID * row + col
+    count = seen.inference.num_classes
+    row, col = (jnp.clip(p // (2 * n), 0, GRID - 1) for p, n in _places(seen.labels, count))
+    at = jnp.minimum(seen.labels, count - 1)[..., None]
+    return jnp.take_along_axis(GRID * row + col, at, -1)[..., 0]
 
 
 def nearness(seen: Seen) -> Float[Array, "h w n"]:
-    """What a prototype is that knows the place alone: to each class and cell, how near a point is
-    to the middle of the cell; classes ascending, `CELLS` each."""
-    row, col = np.divmod(np.arange(CELLS), GRID)
-    y, x = (v[..., None] for v in places(seen.labels, seen.inference.num_classes))
-    near = -jnp.square(y - row - 0.5) - jnp.square(x - col - 0.5)
+    """What a prototype is that knows the place alone: to each class and cell, minus the squared
+    distance of a point to the middle of the cell, in cells; classes ascending, `CELLS` each."""
+    down, across = (
+        jnp.abs(p[..., None] - n[:, None] * (2 * middle + 1)) / (2 * n[:, None])
+        for (p, n), middle in zip(
+            _places(seen.labels, seen.inference.num_classes),
+            np.divmod(np.arange(CELLS), GRID),
+            strict=True,
+        )
+    )
+    near = -(jnp.square(down) + jnp.square(across))
     return near.reshape(*seen.labels.shape, -1)
 
 

@@ -86,7 +86,7 @@ def measures_in(scores: dict[str, Any]) -> dict[str, Any]:
     Consistency without its controls, and the stability beside it, are of an older definition.
     """
     found = dict(scores.get("interpretability") or {})
-    if "consistency_position" not in found:
+    if "consistency" in found and "consistency_position" not in found:
         found = {k: v for k, v in found.items() if k not in ("consistency", "stability")}
     return found
 

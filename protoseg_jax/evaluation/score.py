@@ -97,6 +97,8 @@ def score_run(
             f"run {workdir!r} is the black box (model.head='linear'), which has no prototypes to "
             "measure; leave --interpretability out"
         )
+    if interpretability:
+        modules(measures or experiment.config.measures)  # what is unknown is told at once
     labelled = data.labelled(split)
     if not labelled and not out:
         raise UserError(

@@ -41,6 +41,7 @@ class Images:
             "image_id": f"s{index}",
             "image": np.repeat(label[..., None], 3, 2),
             "label": label,
+            "parts": label // 2 + 1,
         }
 
 
@@ -54,6 +55,8 @@ def test_every_pixel_is_labelled_once_and_by_its_own_label():
         assert tile["image_id"] == f"s{place.image}"
         valid = tile["label"] != VOID
         np.testing.assert_array_equal(tile["image"][valid][:, 0], tile["label"][valid])
+        # A part is where its tile's labels are.
+        np.testing.assert_array_equal(tile["parts"], np.where(valid, tile["label"] // 2 + 1, 0))
         top, left = place.corner
         whole = seen[place.image][top : top + 20, left : left + 20]
         assert (whole[valid] == VOID).all()

@@ -588,3 +588,57 @@ def test_what_the_table_says_of_what_was_accepted(tmp_path):
     )
     assert told(*plain, plain[0]) == "accepted; im0 trains 2 times an epoch"
     assert data_traps.tell(data_traps.Outcome("no"), data_traps.Outcome()) == "refused: `no`"
+
+
+def test_a_broken_stack_and_sections_that_are_no_plain_pictures(tmp_path):
+    """One line, without a word of Pillow's."""
+    make_stacks(tmp_path / "cut")
+    whole = (tmp_path / "cut" / "train-volume.tif").read_bytes()
+    (tmp_path / "cut" / "test-volume.tif").write_bytes(whole[:700])
+    with pytest.raises(UserError, match="test-volume.tif is no TIFF stack"):
+        load("isbi_em", tmp_path / "cut", tmp_path)
+    grey = np.full((64, 64), 90, np.uint8)
+    clear = Image.fromarray(np.dstack([grey, grey, grey, 0 * grey]))
+    for kind, words in (("clear", "transparent"), ("moving", "animation of 2 frames")):
+        for where in ("image", "label"):
+            root = tmp_path / f"{kind}-{where}"
+            make_folders(root)
+            if kind == "clear":
+                clear.save(root / where / "2.png")
+            else:
+                frames = [Image.fromarray(grey), Image.fromarray(grey + 1)]
+                frames[0].save(root / where / "2.png", save_all=True, append_images=frames[1:])
+            with pytest.raises(UserError, match=f"2.png.* {words}"):
+                load("isbi_em", root, tmp_path)
+
+
+def test_an_animated_mask(tmp_path):
+    root = make_folder(tmp_path / "own")
+    path = sorted((root / "masks").iterdir())[0]
+    mask = Image.open(path)
+    other = Image.fromarray(1 - np.array(mask).clip(0, 1))
+    mask.save(path, save_all=True, append_images=[other])
+    with pytest.raises(UserError, match=f"{path.name} is an animation"):
+        load("folder", root, tmp_path)
+
+
+def test_how_many_classes_there_may_be(tmp_path):
+    root = make_folder(tmp_path / "own")
+    masks, names = root / "masks", [f"class {n}" for n in range(300)]
+    first = sorted(masks.iterdir())[0]
+    mask = np.array(Image.open(first))
+    mask[0, :2] = 254, 255
+    Image.fromarray(mask).save(first)
+    (root / "classes.txt").write_text("\n".join(names))
+    with pytest.raises(UserError, match="names 300 classes; 255 is the most"):
+        load("folder", root, tmp_path)
+    (root / "classes.txt").write_text("\n".join(names[:255]))
+    data = load("folder", root, tmp_path)
+    assert sum(int(data.class_pixels(split)[254]) for split in data.splits) == 1
+
+
+def test_a_folder_that_is_called_like_an_image_is_none(tmp_path):
+    root = make_folder(tmp_path / "own")
+    (root / "images" / "more.png").mkdir()
+    data = load("folder", root, tmp_path)
+    assert "more" not in str(data.drawn)

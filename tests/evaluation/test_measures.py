@@ -161,7 +161,7 @@ def split(count=5, size=(24, 28), seed=0):
     return source, batches
 
 
-def experiment(devices, void=VOID, part_names=("a", "b", "c", "d", "e"), names=None, model=MODEL):
+def experiment(devices, void=VOID, part_names=("none", *"abcde"), names=None, model=MODEL):
     """The split as an experiment, the labels of a class made void."""
     source, batches = split()
     for batch in batches:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +17,7 @@ from protoseg_jax.data.labels import VOID
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import consistency, part_agreement, parts, report, stability
 from protoseg_jax.evaluation.measures import Context, Seen
+from protoseg_jax.evaluation.overlap import top
 from protoseg_jax.models import preprocessing
 from tests.evaluation.test_measures import (
     CHECKPOINT,
@@ -107,6 +109,34 @@ def test_hits(seed):
     assert (drawn[labels == 3] == -1).all()
 
 
+def test_places_that_mirror_each_other_are_equally_near():
+    """What is active is what exact fractions say: float32 would break ties at random."""
+    for height, width in ((5, 7), (6, 6), (10, 9)):
+        labels = np.full((12, 12), VOID)
+        labels[1 : 1 + height, 2 : 2 + width] = 0
+        near = np.asarray(near_alone(labels))
+        for cell in range(9):
+            i, j = divmod(cell, 3)
+            exact = {
+                (y + 1, x + 2): -((Fraction(3 * (2 * y + 1), 2 * height) - i - half) ** 2)
+                - (Fraction(3 * (2 * x + 1), 2 * width) - j - half) ** 2
+                for y, x in np.ndindex(height, width)
+            }
+            ordered = sorted(exact.values())
+            last = len(ordered) - 1
+            expected = {p for p, value in exact.items() if value >= ordered[last - last // 5]}
+            active = np.argwhere(top(near[..., cell], labels == 0, 5))
+            assert set(map(tuple, active.tolist())) == expected
+
+
+half = Fraction(1, 2)
+near_alone = jax.jit(
+    lambda labels: parts.nearness(
+        SimpleNamespace(labels=labels, inference=SimpleNamespace(num_classes=1))
+    )
+)
+
+
 def test_centroids_of_components():
     image = np.zeros((20, 40), np.uint8)
     image[2:5, 3:8] = 2  # middle (3, 5)
@@ -180,7 +210,7 @@ def test_a_whole_split_against_a_literal_pass():
         table = tables["prototype"][PART_CLASSES == c][:, CLASSES == c]
         assert entry["table"] == table.tolist()
         assert entry["prototypes"] == np.flatnonzero(CLASSES == c).tolist()
-        assert entry["parts"] == [["b", "c"], ["d", "e"]][c]
+        assert entry["parts"] == [["a", "b"], ["c", "d"]][c]
         place = part_agreement.agreement(tables["position"][PART_CLASSES == c])[0]
         assert entry["v_position"] == pytest.approx(place)
         assert entry["v"] == pytest.approx(part_agreement.agreement(table)[0])
@@ -260,6 +290,9 @@ def test_agreement_knows_the_perfect_and_the_ignorant():
     assert h == pytest.approx(1) and c == pytest.approx(0.5, abs=0.02) and v < 0.7
     assert part_agreement.agreement(np.full((3, 3), 40)) == (0.0, 0.0, 0.0)
     assert part_agreement.agreement(np.zeros((2, 2), int)) == (0.0, 0.0, 0.0)
+    # Where all is as by chance but for rounding.
+    for table in ([[1], [4], [1]], [[0, 0, 814, 0], [0, 0, 676, 0], [0, 0, 847, 0]], np.eye(10)):
+        assert part_agreement.agreement(np.array(table).astype(int)) == (0.0, 0.0, 0.0)
 
 
 def test_a_class_that_cannot_be_judged_is_left_out_and_named():
@@ -292,7 +325,7 @@ def test_the_page_about_the_place(tmp_path, monkeypatch):
     """Its tables are those of part agreement, its shares those of consistency."""
     run = SimpleNamespace(experiment=experiment(1), checkpoint=CHECKPOINT, phase="joint")
     run.inference = run.experiment.inference(CLASSES)
-    run.experiment.data.name = "blocks"
+    run.experiment.black_box = False
     monkeypatch.setattr(position.Finished, "load", lambda _: run)
     found = position.gather(run, "validation")
     judged = measured(1, names=("consistency", "part_agreement"))
@@ -309,7 +342,9 @@ def test_the_page_about_the_place(tmp_path, monkeypatch):
     assert f"the place {judged['consistency_position']:.0%} consistent" in text
     for kind in ("consistency", "agreement"):
         assert Image.open(tmp_path / f"page_{kind}.png").size > (500, 300)
-    with pytest.raises(UserError, match="'three' has no parts; choose one of no, one"):
+    with pytest.raises(
+        UserError, match="'three' has no parts in validation; choose one of no, one"
+    ):
         position.page("run", "validation", "three", tmp_path / "other.md")
     assert not (tmp_path / "other.md").exists()
 
@@ -345,6 +380,7 @@ def test_consistency_is_never_told_without_its_controls():
     ]
     older = {"interpretability": {"consistency": 0.5, "stability": 0.4, "sparsity": 3.0}}
     assert report.measures_in(older) == {"sparsity": 3.0}
+    assert report.measures_in({"interpretability": {"stability": 0.7}}) == {"stability": 0.7}
 
 
 def test_without_noise_all_is_stable(monkeypatch):

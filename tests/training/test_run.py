@@ -303,7 +303,7 @@ def test_a_held_out_class_must_exist(finished, tmp_path):
         runs.check(experiment(config), new=True)
 
 
-def test_explanations_are_measured_where_there_are_any(finished, capsys):
+def test_explanations_are_measured_where_there_are_any(finished, capsys, tmp_path):
     """Measures of a run; the black box has none and says so."""
     path = str(finished.workdir.path)
     result = score_run(path, "validation", interpretability=True)
@@ -316,6 +316,10 @@ def test_explanations_are_measured_where_there_are_any(finished, capsys):
     assert json.loads(stored.read_text())["interpretability"] == found
     # Scoring it again without measuring keeps them.
     assert score_run(path, "validation")["interpretability"] == found
+    with pytest.raises(UserError, match="measures='reech'"):  # before anything is written
+        out, told = tmp_path / "out", {"interpretability": True, "measures": ("reech",)}
+        score_run(path, "validation", None, str(out), **told)
+    assert not out.exists()
     assert json.loads(stored.read_text())["interpretability"] == found
     # A class as if it were held out, though this run has learnt it.
     checkpoint = finished.workdir.checkpoints.restore("finetune_pruned")

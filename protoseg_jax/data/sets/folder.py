@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_collections
 
 from protoseg_jax.data import prepare
-from protoseg_jax.data.labels import LabelSet, generic
+from protoseg_jax.data.labels import VOID, LabelSet, generic
 from protoseg_jax.data.reading import Reading, lines_in
 from protoseg_jax.errors import UserError
 
@@ -79,6 +79,8 @@ def _class_names(path: Path) -> list[str]:
     names = lines_in(path)
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"folder: {path} must name at least two classes, each once")
+    if len(names) > VOID:
+        raise UserError(f"folder: {path} names {len(names)} classes; {VOID} is the most")
     return names
 
 
