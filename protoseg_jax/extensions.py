@@ -5,6 +5,7 @@ on Python's path, to which every program adds the current directory (`program.ru
 """
 
 import importlib
+import os
 import pkgutil
 import types
 from collections.abc import Sequence
@@ -32,9 +33,12 @@ def find(kind: str, name: str | None, package: str, needs: Sequence[str]) -> typ
         if not f"{full}.".startswith(f"{error.name}."):
             raise UserError(f"{kind}={name!r} does not import ({one_line(error)})") from error
         known = ", ".join(known_names(package, needs))
-        raise UserError(
-            f"{kind}={name!r} is unknown; choose one of {known}, or a module by its dotted path"
-        ) from error
+        where = (
+            f"there is no such module in {os.getcwd()} or among the installed ones"
+            if "." in name
+            else "a module of yours has a dot in its name: mine/net.py is mine.net"
+        )
+        raise UserError(f"{kind}={name!r} is unknown; choose one of {known}; {where}") from error
     except Exception as error:  # whatever a file of the user's does
         raise UserError(
             f"{kind}={name!r} does not import ({type(error).__name__}: {one_line(error)})"

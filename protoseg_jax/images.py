@@ -300,7 +300,7 @@ _NO_WHITE = "the run has no data.white, so convert the image to 8 bits"
 
 
 def _check_mode(image: Image.Image, name: object) -> None:
-    if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I;16"):
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") and not image.mode.startswith("I;16"):
         raise UserError(
             f"image {name} is {image.mode}, neither RGB nor grey with 8 bits; convert it"
         )

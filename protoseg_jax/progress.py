@@ -17,12 +17,23 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A bar with rate, loss and ETA on a terminal; plain lines elsewhere."""
+    """A bar with rate, loss and ETA on a terminal; plain lines elsewhere.
 
-    def __init__(self, name: str, total: int, done: int, unit: str = "step"):
+    Args:
+      name: of the work.
+      total: steps or images.
+      done: how many of them are behind it.
+      unit: what is counted.
+      brief: whether it may be over soon: plain lines only from the tenth second on.
+    """
+
+    def __init__(
+        self, name: str, total: int, done: int, unit: str = "step", *, brief: bool = False
+    ):
         self._plain = not sys.stderr.isatty() or not is_main()
         self._name, self._total, self.done, self._unit = name, total, done, unit
-        self._start, self._begun, self._said = time.monotonic(), done, 0.0
+        self._start, self._begun = time.monotonic(), done
+        self._brief, self._said = brief, self._start if brief else 0.0
         self._bar = tqdm.tqdm(
             total=total, initial=done, desc=name, unit=unit, disable=self._plain, leave=False
         )
@@ -40,7 +51,8 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        if self._plain and (now - self._said > 10 or self.done >= self._total):
+        over = self.done >= self._total and not (self._brief and self._said == self._start)
+        if self._plain and (now - self._said > 10 or over):
             self._said = now
             left = (self._total - self.done) * (now - self._start) / (self.done - self._begun)
             parts = [f"{self._name}: {self._unit} {self.done}/{self._total}"]

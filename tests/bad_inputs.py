@@ -288,7 +288,10 @@ def explain_cases(
     cases = {
         "an image that does not decode": (["--images=" + str(scratch / "text.png")], "not decode"),
         "an image that is not there": (["--images=/nowhere.png"], "/nowhere.png does not exist"),
-        "an image with transparency": (["--images=" + str(scratch / "alpha.png")], "is RGBA"),
+        "an image with transparency": (
+            ["--images=" + str(scratch / "alpha.png")],
+            "has transparent pixels",
+        ),
         "an image of 16 bits": (["--images=" + str(scratch / "deep.png")], "no data.white"),
         "a split that does not exist": (["--split=night"], "split 'night' does not exist"),
         "a folder that is no page": ([f"--out={scratch / 'data'}"], "no explorer page"),

@@ -1,7 +1,7 @@
 """Score a run: print the per-class table and write DIR/eval/SPLIT-PHASE.json.
 
 python eval.py --workdir=DIR [--split=validation] [--phase=NAME] [--predictions=OUT]
-    [--interpretability] [--flips]
+    [--interpretability [--measures=NAME,…]] [--flips]
 """
 
 from absl import flags

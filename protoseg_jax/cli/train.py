@@ -12,7 +12,9 @@ from ml_collections import config_flags
 from protoseg_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: configs/NAME.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/NAME[-ROW].")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder; default runs/NAME[-ROW][-smoke]."
+)
 _SMOKE = flags.DEFINE_bool("smoke", False, "Try every phase with three steps each.")
 
 
@@ -36,3 +38,5 @@ def main() -> None:
         phases.smoke(config)
         name += "-smoke"
     run.train(config, _WORKDIR.value or f"runs/{name}")
+    if _SMOKE.value:
+        print("--smoke: every phase has run; after three steps each, its scores mean nothing")

@@ -320,9 +320,15 @@ def read_pair(
         return Example(stem, data, np.full(size, VOID, np.uint8), pixels=pixels)
     raw, palette = reading.mask(mask.read_bytes(), mask)
     if raw.shape != size:
+        advice = "make them equal"
+        if raw.shape == size[::-1] and images.header(image.read_bytes()).orientation > 4:
+            other = {"apply": "ignore", "ignore": "apply"}[reading.exif]
+            advice = (
+                f"with data.exif={reading.exif} they do not fit, so set --config.data.exif={other}"
+            )
         raise UserError(
             f"image {image} is {size[0]}×{size[1]} but its mask {mask} is "
-            f"{raw.shape[0]}×{raw.shape[1]} (height×width); make them equal"
+            f"{raw.shape[0]}×{raw.shape[1]} (height×width); {advice}"
         )
     table = np.full(256, -1, np.int16)
     table[list(values)] = np.arange(len(values))

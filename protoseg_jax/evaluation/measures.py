@@ -26,9 +26,11 @@ from protoseg_jax.data.labels import VOID
 from protoseg_jax.devices import psum, total
 from protoseg_jax.inference import Inference, shrink_labels
 from protoseg_jax.models.protoseg import Output
+from protoseg_jax.progress import Progress
 from protoseg_jax.run.experiment import Experiment
 
 _SEED = 0
+_AHEAD = 2  # batches on their way at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,8 +112,14 @@ def take(
 
     parts = tuple((m.step, m.summed) for m in measures)
     step = make_step(context.inference, context.held_out, parts)
-    # All batches are on their way before the first result is fetched.
-    passed = [found for _, found in pool.outputs(step, variables, map(add, batches))]
+    passed, total_images = [], len(context.experiment.examples(context.split))
+    with Progress(f"looking at {context.split}", total_images, 0, "image", brief=True) as progress:
+        # Results are fetched when all are there; what is told of them is some batches behind.
+        for batch, found in pool.outputs(step, variables, map(add, batches)):
+            passed.append(found)
+            if len(passed) > _AHEAD:
+                jax.block_until_ready(passed[-1 - _AHEAD])
+            progress.update(int((batch["index"] >= 0).sum()) * pool.processes)
     result = {}
     for m, found in zip(measures, zip(*passed, strict=True), strict=True):
         collect, gather = (total, pool.first) if m.summed else (_joined, pool.all)

@@ -18,7 +18,7 @@ from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import measures, overlap, segmentation
 from protoseg_jax.files import read_json
 from protoseg_jax.models import weights
-from protoseg_jax.run.workdir import Workdir
+from protoseg_jax.run.workdir import FREE_KEYS, Workdir, flat
 
 
 def percent(value: float | None, form: str = "{:.2f}") -> str:
@@ -177,11 +177,14 @@ _RECIPES = {"voc": _DEEPLAB, "cityscapes": _DEEPLAB, "isbi_em": _UNET}
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What the tables need of a run: config.json with every key, the entries of summary.json by
-    phase, and the measures on validation by phase, where they were taken."""
+    phase, the measures on validation by phase, where they were taken; the folder's name, and the
+    prototypes that were removed by hand."""
 
     config: dict[str, Any]
     phases: dict[str, dict[str, Any]]
     measures: dict[str, dict[str, Any]]
+    name: str = ""
+    removed: tuple[int, ...] = ()
 
     @property
     def deviations(self) -> list[str]:
@@ -222,7 +225,9 @@ def read(folder: str) -> Run:
         if "interpretability" in scores and not scores.get("flips"):
             taken[scores["phase"]] = measures_in(scores)
     phases = {entry["phase"]: entry for entry in workdir.summary()}
-    return Run(json.loads(workdir.config().to_json()), phases, taken)
+    removed = tuple(read_json(workdir.path / "removed.json", {}).get("removed", ()))
+    config = json.loads(workdir.config().to_json())
+    return Run(config, phases, taken, workdir.path.name, removed)
 
 
 def mean_deviation(
@@ -264,18 +269,20 @@ def _markdown(title: str, head: str, lines: Iterable[str]) -> str:
 
 
 def _measures(runs: Sequence[Run]) -> list[str]:
-    """The table of measures after the last phase, a column a data set, class held out and λ_J; none
-    without any."""
-    columns: dict[str, list[dict[str, Any]]] = {}
+    """The table of measures after the last phase, a column for runs that differ in the seed alone;
+    none without any."""
     measured = [run for run in runs if _LAST in run.measures]
+    alike: dict[str, list[Run]] = {}
     for run in measured:
-        data = run.config["data"]
-        without = f" without {data['held_out']}" if data["held_out"] else ""
-        key = _SETS.get(data["name"], data["name"]) + without
-        key += f", λ_J = {run.config['loss']['diversity']:g}"
-        columns.setdefault(key, []).append(run.measures[_LAST])
-    if not columns:
+        alike.setdefault(_but_for_its_seed(run), []).append(run)
+    if not alike:
         return []
+    heads = [_head(found[0]) for found in alike.values()]
+    columns = {}
+    for head, found in zip(heads, alike.values(), strict=True):
+        which = f" ({found[0].name})" if heads.count(head) > 1 else ""
+        count = f", {len(found)} runs" if len(found) > 1 else ""
+        columns[head + which + count] = [run.measures[_LAST] for run in found]
     lines = []
     for key, name, factor in titles(
         dict.fromkeys(name for run in measured for name in run.config["measures"])
@@ -288,6 +295,21 @@ def _measures(runs: Sequence[Run]) -> list[str]:
             lines.append(" | ".join((f"{name}, %" if factor == 100 else name, *cells)))
     head = " | ".join(("measure", *columns))
     return [_markdown("Measures of explanations, validation", head, lines)]
+
+
+def _head(run: Run) -> str:
+    data = run.config["data"]
+    without = f" without {data['held_out']}" if data["held_out"] else ""
+    name = _SETS.get(data["name"], data["name"]) + without
+    return f"{name}, λ_J = {run.config['loss']['diversity']:g}"
+
+
+def _but_for_its_seed(run: Run) -> str:
+    """What runs must have in common for their figures to be averaged."""
+    # Mean and deviation are measured on a split that the seed may draw.
+    aside = {"seed", "model.mean", "model.std", *FREE_KEYS} - {"pretrained.path"}
+    config = {k: v for k, v in flat(run.config).items() if k not in aside}
+    return json.dumps([config, run.removed], sort_keys=True)
 
 
 def print_tables(folders: Sequence[str]) -> None:
@@ -303,6 +325,8 @@ def print_tables(folders: Sequence[str]) -> None:
     known = {(name, kind) for _, _, *rows in TABLES for name, kind, *_ in rows}
     for folder, run in zip(folders, runs, strict=True):
         if run.row not in known:
-            print(f"\n{folder} is of no row ({'; '.join(run.deviations) or ', '.join(run.row)}).")
+            data = f"its data set {run.row[0]!r} is none of the paper's"
+            why = "; ".join(run.deviations) or ("λ_J" if run.row[0] in _SETS else data)
+            print(f"\n{folder} is of no row of Tables 1–4 ({why}).")
         elif ("joint" if run.row[1] == "deeplab" else _LAST) not in run.phases:
             print(f"\n{folder} is not finished ({', '.join(run.phases) or 'no phase yet'}).")

@@ -129,6 +129,8 @@ def score_run(
         result["interpretability"] = kept
     write_json(stored, result)
     print(report.class_table(result, names))
+    if kept and not interpretability:
+        print("measured earlier, of the same checkpoint:")
     if kept:
         for line in report.measure_lines(kept, measures or experiment.config.measures):
             print(line)

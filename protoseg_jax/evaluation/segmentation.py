@@ -14,7 +14,7 @@ TITLES = (
     ("miou", "mean", 100),
     ("pixel_accuracy", "pixel accuracy", 100),
     ("pixel_error", "pixel error", 100),
-    ("f_error", "1 − F (inside)", 100),
+    ("f_error", "1 − F (class 1)", 100),
 )
 
 

@@ -18,7 +18,6 @@ from protoseg_jax.evaluation.measures import Context, Measure, Seen, take
 from protoseg_jax.evaluation.segmentation import upsample_at
 from protoseg_jax.evaluation.utilisation import wins
 from protoseg_jax.models.protoseg import Output
-from protoseg_jax.progress import say
 from protoseg_jax.run.finished import Finished
 
 
@@ -121,7 +120,6 @@ def point_counts(run: Finished, split: str, also: Sequence[ModuleType] = ()) -> 
     "won": by contributing most to the class that the point gets. "used": of its true class's
     prototypes it is the most similar there (Fig. 5).
     """
-    say(f"counting the points of each prototype in {split}")
     context = Context(run.experiment, run.inference, split)
     batches = run.experiment.eval_batches(split)
     counts = Measure(_counts, lambda found: {"won": found[0], "used": found[1]})

@@ -18,7 +18,7 @@ from protoseg_jax.run.prototypes import Prototype, with_pictures
 from protoseg_jax.run.workdir import Workdir
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Finished:
     """A run at the end of a phase.
 
@@ -46,6 +46,11 @@ class Finished:
         finished = workdir.checkpoints.finished(names, phase)
         phase = phase or finished[-1]
         return cls(workdir, experiment, phase, workdir.checkpoints.restore(phase))
+
+    def __repr__(self) -> str:
+        count, classes = len(self.checkpoint.prototypes), ", ".join(self.experiment.labels.names)
+        name = f"{type(self).__name__} {self.workdir.path}, phase {self.phase}"
+        return f"<{name}: {count} prototypes of {classes}>"
 
     @functools.cached_property
     def inference(self) -> Inference:

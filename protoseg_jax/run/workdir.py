@@ -28,7 +28,7 @@ from protoseg_jax.run.checkpoints import Checkpoints
 from protoseg_jax.version import __version__
 
 # Keys a user may change when a run goes on: paths, logging. (And the steps of unfinished phases.)
-_FREE_KEYS = (
+FREE_KEYS = (
     "data.dir",
     "data.cache",
     "data.workers",
@@ -41,10 +41,10 @@ _FREE_KEYS = (
 )
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(config, dict):
         return {
-            k: v for key, x in config.items() for k, v in _flat(x, f"{prefix}{key}.").items()
+            k: v for key, x in config.items() for k, v in flat(x, f"{prefix}{key}.").items()
         } or {prefix.rstrip("."): {}}
     return {prefix.rstrip("."): config}
 
@@ -98,9 +98,10 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
-            if self.holds_run:
-                self._check_same(_plain(config))
-            elif any(p.name[0] != "." and p.name != "lock" for p in self.path.iterdir()):
+            self.check_same(config)
+            if not self.holds_run and any(
+                p.name[0] != "." and p.name != "lock" for p in self.path.iterdir()
+            ):
                 raise UserError(
                     f"workdir {str(self.path)!r} is not empty and holds no run; "
                     "name another folder with --workdir"
@@ -137,13 +138,20 @@ class Workdir:
             self._lock.close()
             self._lock = None
 
-    def _check_same(self, new: dict[str, Any]) -> None:
-        old, new = _flat(_plain(self.config())), _flat(new)
+    def check_same(self, config: ml_collections.ConfigDict) -> None:
+        """Refuse a config that the folder's run, if there is one, was not started with.
+
+        Raises:
+          UserError: it differs in what makes a run another one.
+        """
+        if not self.holds_run:
+            return
+        old, new = flat(_plain(self.config())), flat(_plain(config))
         finished = {entry["phase"] for entry in self.summary()}
         changed = []
         for key in sorted(set(old) | set(new)):
             before, now = old.get(key), new.get(key)
-            if before == now or key in _FREE_KEYS:
+            if before == now or key in FREE_KEYS:
                 continue
             phase = re.fullmatch(r"phases\.(\w+)\.steps", key)
             if phase and phase[1] not in finished and (now or 0) > (before or 0):

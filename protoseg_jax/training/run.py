@@ -92,6 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     folder = Workdir(workdir)
     try:
         starts.settle(config, folder)
+        folder.check_same(config)  # before its data are prepared
         live = Live(Experiment(config), folder)
         with live.interrupts:
             first = check(live.experiment, new=not folder.holds_run)

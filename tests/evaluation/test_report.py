@@ -91,7 +91,7 @@ def test_a_shortened_run_does_not_stand_beside_the_paper(tmp_path, capsys):
     report.print_tables([folder])
     text = capsys.readouterr().out
     assert "90.0" not in text and "95.0" not in text
-    assert f"{folder} is of no row (phases.joint.steps is 3, not 30000)" in text
+    assert f"{folder} is of no row of Tables 1–4 (phases.joint.steps is 3, not 30000)" in text
 
 
 def test_without_runs_nothing_is_claimed():
@@ -119,7 +119,10 @@ def test_what_counts_for_nothing_is_told(tmp_path, capsys):
     summary.write_text(json.dumps(json.loads(summary.read_text())[:2]))
     report.print_tables(folders)
     text = capsys.readouterr().out
-    assert f"{folders[0]} is of no row (parts, imagenet)" in text
+    assert (
+        f"{folders[0]} is of no row of Tables 1–4 (its data set 'parts' is none of the paper's)"
+        in text
+    )
     assert f"{folders[1]} is not finished (warmup, joint)." in text
 
 
@@ -163,7 +166,7 @@ def test_measures_of_explanations_have_a_table(tmp_path):
         found["reach"] = {"mean": sparsity / 20 + 0.05}
         path.write_text(json.dumps({"phase": "finetune_pruned", "interpretability": found}))
     text = report.tables([report.read(f) for f in folders])
-    assert cells(text, "measure", "λ_J")[1:] == ["parts, λ_J = 0.25"]
+    assert cells(text, "measure", "λ_J")[1:] == ["parts, λ_J = 0.25, 2 runs"]
     assert cells(text, "utilisation, %")[1] == "50.00 ± 0.00"
     assert cells(text, "prototypes that win no point")[1] == "3.00 ± 0.00"
     assert cells(text, "sparsity: prototypes a decision")[1] == "3.00 ± 1.41"
@@ -171,6 +174,15 @@ def test_measures_of_explanations_have_a_table(tmp_path):
     assert "consistency" not in text  # of an older definition
 
     config = json.loads((tmp_path / "b" / "config.json").read_text())
+    other = {**config, "seed": 7}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(other))
+    assert "parts, λ_J = 0.25, 2 runs" in report.tables([report.read(f) for f in folders])
+    other = {**config, "batch_size": 3}  # not the same experiment: not averaged
+    (tmp_path / "b" / "config.json").write_text(json.dumps(other))
+    text = report.tables([report.read(f) for f in folders])
+    assert cells(text, "measure", "λ_J")[1:] == [f"parts, λ_J = 0.25 ({n})" for n in "ab"]
+    assert cells(text, "sparsity: prototypes a decision")[1:] == ["2.00", "4.00"]
+
     config["data"]["held_out"] = "car"
     (tmp_path / "b" / "config.json").write_text(json.dumps(config))
     text = report.tables([report.read(f) for f in folders])

@@ -94,6 +94,10 @@ def test_an_array_a_pil_image_and_a_path_are_the_same(model, image, tmp_path):
     expected = model.segment(image).probabilities
     for other in (Image.fromarray(image), tmp_path / "a.png", str(tmp_path / "a.png")):
         np.testing.assert_array_equal(model.segment(other).probabilities, expected)
+    opaque = Image.fromarray(np.dstack([image, np.full_like(image[..., 0], 255)]))
+    opaque.save(tmp_path / "opaque.png")  # as most screenshots are
+    for other in (opaque, tmp_path / "opaque.png"):
+        np.testing.assert_array_equal(model.segment(other).probabilities, expected)
     grey = image[..., 0]
     Image.fromarray(grey).save(tmp_path / "grey.png")
     expected = model.segment(np.stack([grey] * 3, -1)).probabilities
@@ -120,7 +124,7 @@ def test_images_that_are_none_are_refused_in_one_line(model, image, tmp_path):
     cases = [
         (tmp_path / "text.png", "does not decode"),
         (tmp_path / "none.png", "does not exist"),
-        (tmp_path / "alpha.png", "is RGBA, neither RGB nor grey"),
+        (tmp_path / "alpha.png", "has transparent pixels"),
         (image.astype(np.float32), "is float32"),
         (np.zeros((3, 4, 5), np.uint8), r"is uint8 \[3, 4, 5\]"),
     ]
@@ -128,6 +132,11 @@ def test_images_that_are_none_are_refused_in_one_line(model, image, tmp_path):
         with pytest.raises(UserError, match=words) as error:
             model.segment(bad)
         assert "\n" not in str(error.value)
+
+
+def test_a_run_is_told_in_a_line(model):
+    assert len(repr(model)) < 300 and "phase projection" in repr(model)
+    assert f"{len(model.prototypes)} prototypes of ground, disc, bar" in repr(model)
 
 
 def test_prototypes_bring_their_patches(small_run, model):
