@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vgg", r"model.backbone='vgg' is unknown; choose one of resnet, unet, or a module by its"),
+        ("vgg", r"model.backbone='vgg' is unknown; choose one of resnet, unet; a module of yours"),
         (None, "model.backbone='' is unknown; choose one of resnet, unet"),
         ("nowhere.net", r"model.backbone='nowhere.net' is unknown"),
         ("json", "model.backbone='json' is unknown"),  # not by the way of Python's own modules

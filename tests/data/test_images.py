@@ -56,7 +56,7 @@ def test_what_can_be_read_as_an_image(tmp_path):
     for bad, words in (
         (tmp_path / "{text}.png", "{text}.png does not decode"),
         (tmp_path / "none.png", "does not exist"),
-        (tmp_path / "alpha.png", "is RGBA, neither RGB nor grey"),
+        (tmp_path / "alpha.png", "has transparent pixels"),
         (PIXELS.astype(np.float32), "is float32"),
         (np.zeros((3, 4, 5), np.uint8), r"is uint8 \[3, 4, 5\]"),
     ):
