@@ -125,6 +125,12 @@ def _paint(image: np.ndarray, labels: Int[np.ndarray, "h w"], colours: np.ndarra
     return np.where(full[..., None] >= 0, 255 * colours[full], pale).astype(np.uint8)
 
 
+def _head(axes: Any, title: str) -> None:
+    """A row's title, which is longer than its first picture is wide."""
+    text = axes.text(0, 1.06, title, transform=axes.transAxes, fontsize=11)
+    text.set_in_layout(False)
+
+
 def _bare(axes: Any) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
@@ -139,8 +145,9 @@ def draw_consistency(
         "detector": "A perfect detector of a part",
         "prototype": "The run's prototype that hits most often",
     }
-    size = (1.6 * len(images), 5.9)
+    size = (1.6 * len(images), 5.6)
     figure, grid = plt.subplots(3, len(images), figsize=size, layout="constrained")
+    figure.get_layout_engine().set(hspace=0.2, rect=(0, 0, 1, 0.95))
     for axes, (kind, (part, column, share)) in zip(grid, rates(found, c).items(), strict=True):
         verdict = "consistent" if share > consistency.CONSISTENT else "not consistent"
         title = f"{told[kind]}: on the centroid of “{names[part + 1]}” in {share:.0%}: {verdict}"
@@ -158,7 +165,7 @@ def draw_consistency(
                 ok = active[row, col]
                 ax.plot(*at, "o", ms=8, mfc="#1a9e3f" if ok else "#d62728", mec="white", mew=1.5)
             _bare(ax)
-        axes[0].set_title(title, loc="left", fontsize=11)
+        _head(axes[0], title)
     figure.supxlabel(
         "Blue: active points. Dots: centroids of the part, green if active.", fontsize=9
     )
@@ -184,6 +191,7 @@ def draw_agreement(
         width_ratios=[1] * count + [1.7],
         layout="constrained",
     )
+    figure.get_layout_engine().set(hspace=0.1, rect=(0, 0, 1, 0.96))
     palette = matplotlib.colormaps["tab10"](np.arange(max(len(own), parts.CELLS)) % 10)[:, :3]
     part_colours = np.zeros((len(found["census"].classes), 3))
     part_colours[ks] = matplotlib.colormaps["Set2"](np.arange(len(ks)))[:, :3]
@@ -203,7 +211,7 @@ def draw_agreement(
                 labels = place[labels]
             ax.imshow(_paint(image, np.where(inside, labels, -1), colours))
             _bare(ax)
-        axes[0].set_title(title, loc="left", fontsize=11)
+        _head(axes[0], title)
         last = axes[-1]
         if columns is None:
             last.axis("off")
