@@ -278,22 +278,22 @@ def _measures(runs: Sequence[Run]) -> list[str]:
     if not alike:
         return []
     heads = [_head(found[0]) for found in alike.values()]
-    columns = {}
+    columns = []
     for head, found in zip(heads, alike.values(), strict=True):
         which = f" ({found[0].name})" if heads.count(head) > 1 else ""
         count = f", {len(found)} runs" if len(found) > 1 else ""
-        columns[head + which + count] = [run.measures[_LAST] for run in found]
+        columns.append((head + which + count, [run.measures[_LAST] for run in found]))
     lines = []
     for key, name, factor in titles(
         dict.fromkeys(name for run in measured for name in run.config["measures"])
     ):
         cells = [
             mean_deviation((figure(m, key) for m in found), factor, none="–")
-            for found in columns.values()
+            for _, found in columns
         ]
         if any(cell != "–" for cell in cells):
             lines.append(" | ".join((f"{name}, %" if factor == 100 else name, *cells)))
-    head = " | ".join(("measure", *columns))
+    head = " | ".join(("measure", *(name for name, _ in columns)))
     return [_markdown("Measures of explanations, validation", head, lines)]
 
 
