@@ -322,12 +322,16 @@ class Leaky(ProtoSeg):
         return output.replace(logits=output.logits + maps[..., : self.num_classes])
 
 
-@pytest.mark.parametrize("kind", ["prototypes", "linear", "leaky"])
+@pytest.mark.parametrize(
+    "kind", ["prototypes", "linear", "leaky", pytest.param("msc", marks=pytest.mark.slow)]
+)
 def test_nothing_bypasses_the_prototypes(kind):
     """Exactly nothing of ProtoSeg's response to an image; all of the black box's; some of a head
     that looks at the features too."""
     c = default().model
     c.update({"backbone": "unet", "depth": 2, "width": 4, "output_stride": 4, "features": 6})
+    c.msc = (0.5,) if kind == "msc" else ()
+    c.remat = kind == "msc"
     c.head = "linear" if kind == "linear" else "prototypes"
     model = models.build(c, C, M, jnp.float32)
     if kind == "leaky":
