@@ -20,7 +20,7 @@ import jax
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from benchmarks import machine
 from protoseg_jax import devices
@@ -106,23 +106,27 @@ def table(found: dict[str, Any], name: str, c: int, columns: np.ndarray) -> np.n
 
 
 def _over(image: UInt8[np.ndarray, "H W 3"], mask: np.ndarray, colour: Any) -> np.ndarray:
-    """An image, grey but where a mask of its points is set, and that tinted."""
-    height, width = image.shape[:2]
-    rows = np.arange(height) * mask.shape[0] // height
-    cols = np.arange(width) * mask.shape[1] // width
-    full = mask[rows][:, cols][..., None]
-    pale = 255 - _GREY * (255 - image.mean(-1, keepdims=True))
-    return (np.where(full, 0.45 * image + 0.55 * 255 * np.array(colour), pale)).astype(np.uint8)
+    """An image, pale grey but where a mask of its points is set, and that tinted."""
+    tinted = 0.45 * image + 0.55 * 255 * np.array(colour)
+    return np.where(_cells(mask, image)[..., None], tinted, _pale(image)).astype(np.uint8)
 
 
 def _paint(image: np.ndarray, labels: Int[np.ndarray, "h w"], colours: np.ndarray) -> np.ndarray:
     """The points with a number ≥ 0 in their colours, the rest pale grey."""
-    height, width = image.shape[:2]
-    rows = np.arange(height) * labels.shape[0] // height
-    cols = np.arange(width) * labels.shape[1] // width
-    full = labels[rows][:, cols]
-    pale = 255 - _GREY * (255 - image.mean(-1, keepdims=True)) * np.ones(3)
-    return np.where(full[..., None] >= 0, 255 * colours[full], pale).astype(np.uint8)
+    full = _cells(labels, image)
+    return np.where(full[..., None] >= 0, 255 * colours[full], _pale(image)).astype(np.uint8)
+
+
+def _cells(points: Shaped[np.ndarray, "h w"], image: np.ndarray) -> Shaped[np.ndarray, "H W"]:
+    """Each pixel with the value of the point in whose cell it lies."""
+    rows, cols = (
+        np.arange(size) * n // size for size, n in zip(image.shape[:2], points.shape, strict=True)
+    )
+    return points[rows[:, None], cols]
+
+
+def _pale(image: np.ndarray) -> np.ndarray:
+    return 255 - _GREY * (255 - image.mean(-1, keepdims=True))
 
 
 def _head(axes: Any, title: str) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -132,13 +133,9 @@ def test_an_npz_that_port_did_not_write(name, value, words, tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
     tensors = {n: t.astype(ml_dtypes.bfloat16) for n, t in torchvision().items()}
     rounded = {n: t.astype(np.float32) for n, t in tensors.items()}
-    try:
-        safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
-    except Exception as error:
-        pytest.skip(f"safetensors writes none: {error}")
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
     got = weights.load(tmp_path / "a.safetensors", resnet).params["backbone"]
     expected = resnet.port(rounded, "made").params["backbone"]
     np.testing.assert_array_equal(got["conv1"]["kernel"], expected["conv1"]["kernel"])
