@@ -13,7 +13,10 @@ from jaxtyping import Array, Bool, Int
 from protoseg_jax.evaluation import parts
 from protoseg_jax.evaluation.measures import Context, Measure, Seen, absent
 
-TITLES = parts.titles("consistency", "consistency")
+TITLES = (
+    ("consistency", "consistency", 100),  # never without its controls
+    *((f"consistency_{name}", f"consistency: {name}", 100) for name in parts.CONTROLS),
+)
 
 CONSISTENT = 0.8  # of the images a part is visible in
 

@@ -21,15 +21,12 @@ from protoseg_jax.evaluation.utilisation import most_similar
 
 TITLES = (
     ("part_agreement.v", "part agreement V", 100),
-    ("part_agreement.v_position", "part agreement V: position", 100),
-    ("part_agreement.v_random", "part agreement V: random", 100),
-    ("part_agreement.v_oracle", "part agreement V: oracle", 100),
+    *((f"part_agreement.v_{n}", f"part agreement V: {n}", 100) for n in parts.CONTROLS),
     ("part_agreement.homogeneity", "homogeneity", 100),
     ("part_agreement.completeness", "completeness", 100),
     ("part_agreement.prototypes_that_win", "prototypes that win points with a part", 1),
 )
 
-_CONTROLS = ("position", "random", "oracle")
 _NOTHING = 1e-10  # nats, more than what rounding leaves of I − E where both are equal
 
 
@@ -100,14 +97,14 @@ def figures(
       points, [parts][prototypes].
     """
     classes, left_out = {}, []
-    keys = ("v", "homogeneity", "completeness", *(f"v_{name}" for name in _CONTROLS))
+    keys = ("v", "homogeneity", "completeness", *(f"v_{name}" for name in parts.CONTROLS))
     for c in np.unique(part_classes[part_classes >= 0]).tolist():
         rows, own = np.flatnonzero(part_classes == c), np.flatnonzero(prototype_classes == c)
         table = tables["prototype"][rows][:, own]
         found = dict.fromkeys(keys)
         if min(table.any(1).sum(), table.any(0).sum()) > 1:
             found.update(zip(keys, agreement(table), strict=False))
-            found |= {f"v_{name}": agreement(tables[name][rows])[0] for name in _CONTROLS}
+            found |= {f"v_{name}": agreement(tables[name][rows])[0] for name in parts.CONTROLS}
         else:
             left_out.append(class_names[c])
         classes[class_names[c]] = {

@@ -23,6 +23,7 @@ from protoseg_jax.images import pad_and_crop
 from protoseg_jax.inference import shrink_labels
 from protoseg_jax.models.prototypes import class_table
 
+CONTROLS = ("position", "random", "oracle")
 GRID = 3  # cells a side of the grid that "position" knows
 CELLS = GRID * GRID
 
@@ -238,12 +239,3 @@ def _any_of(rows: Int[Array, "h w n"], key: Array) -> Int[Array, "h w"]:
     return jnp.take_along_axis(rows, jnp.minimum(drawn, count - 1)[..., None] % rows.shape[-1], -1)[
         ..., 0
     ]
-
-
-def titles(key: str, title: str) -> tuple[tuple[str, str, int], ...]:
-    """A measure of parts and its controls, as tables show them: never one without the other."""
-    controls = ("position", "random", "oracle")
-    return (
-        (key, title, 100),
-        *((f"{key}_{name}", f"{title.split(',')[0]}: {name}", 100) for name in controls),
-    )
