@@ -1,11 +1,14 @@
 """Convolution and pooling with PyTorch's padding rules, so that ported weights agree; GroupNorm."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+_STRIP = 1 << 17  # numbers of a strip's shifted copies: 512 KiB, which stay in a core's cache
 
 # torchvision's from-scratch initialisation: N(0, 2 / (k² · out)).
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -16,8 +19,123 @@ def is_kernel(path: tuple[str, ...]) -> bool:
     return path[-1] == "kernel"
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int = 1, dilation: int = 1
+) -> Float[Array, "b H W o"]:
+    """Cross-correlation, zero-padded by dilation · (k−1)/2 on each side, in the dtype of x.
+
+    The gradient with respect to x is XLA's, that of the kernel our own. XLA makes a convolution of
+    it, whose kernel is a whole map; where the forward convolution is dilated, its windows have a
+    stride, and nothing turns that back into the filter gradient that cuDNN has: a GPU would run a
+    65×65 convolution. On a CPU it is slow whatever the shape. So it is a sum of matmuls: on a CPU
+    over strips of rows, elsewhere, where dilated, over the kernel's taps. Products are summed in
+    float32, the kernel's dtype.
+
+    What is not differentiated, images or a frozen kernel, costs nothing.
+    """
+    return _forward(x, kernel, stride, dilation)
+
+
+def _forward(x, kernel, stride, dilation):
+    kernel, size = kernel.astype(x.dtype), kernel.shape[0]
+    if size == 1:  # a matmul: the same numbers, and on a CPU a faster gradient
+        return x[:, ::stride, ::stride] @ kernel[0, 0]
+    pad = dilation * (size - 1) // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(pad, pad)] * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _convolve_fwd(x, kernel, stride, dilation):
+    # What is to be differentiated travels in the tree's structure: () for yes, None for no.
+    wanted = [() if argument.perturbed else None for argument in (x, kernel)]
+    x, kernel = x.value, kernel.value
+    return _forward(x, kernel, stride, dilation), (x, kernel, wanted)
+
+
+def _convolve_bwd(stride, dilation, kept, g):
+    x, kernel, wanted = kept
+    dx = dkernel = None
+    if wanted[0] is not None:
+        (dx,) = jax.linear_transpose(lambda x: _forward(x, kernel, stride, dilation), x)(g)
+    if wanted[1] is not None:
+        size = kernel.shape[0]
+        on_cpu = _by_strips if size > 1 else _by_taps
+        elsewhere = _by_taps if dilation > 1 else _by_transposition
+        how = {"size": size, "stride": stride, "dilation": dilation}
+        forms = [functools.partial(form, **how) for form in (on_cpu, elsewhere)]
+        dkernel = jax.lax.platform_dependent(x, g, cpu=forms[0], default=forms[1])
+        dkernel = dkernel.astype(kernel.dtype)
+    return dx, dkernel
+
+
+convolve.defvjp(_convolve_fwd, _convolve_bwd, symbolic_zeros=True)
+
+
+def _by_transposition(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
+    """The kernel's gradient as XLA makes it."""
+    kernel = jnp.zeros((size, size, x.shape[3], g.shape[3]), x.dtype)
+    return jax.linear_transpose(lambda k: _forward(x, k, stride, dilation), kernel)(g)[0]
+
+
+def _by_taps(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
+    """The kernel's gradient as one matmul a tap, over x as the tap sees it."""
+    pad, (rows, cols) = dilation * (size - 1) // 2, g.shape[1:3]
+    x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
+    taps = [
+        jnp.einsum("bhwi,bhwo->io", tap, g, preferred_element_type=jnp.float32)
+        for tap in _taps(x, rows, cols, size, stride, dilation)
+    ]
+    return jnp.stack(taps).reshape(size, size, x.shape[3], g.shape[3])
+
+
+def _by_strips(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
+    """The kernel's gradient as one matmul a strip of rows, over what all taps see, side by side.
+
+    A strip has as many points as keep these k² copies of x in the cache, but, since the sum is read
+    and written for each strip, at least four times as many as x has channels.
+    """
+    (b, height, _, channels), (_, rows, cols, out) = x.shape, g.shape
+    pad, columns = dilation * (size - 1) // 2, size * size * channels
+    points = max(_STRIP // columns, 4 * channels)
+    strips = -(-rows // max(1, points // cols))
+    deep = -(-rows // strips)
+    seen = (deep - 1) * stride + dilation * (size - 1) + 1
+    below = (strips * deep - deep) * stride + seen - height - pad  # may crop
+    x = jax.lax.pad(
+        x, jnp.zeros((), x.dtype), [(0, 0, 0), (pad, below, 0), (pad, pad, 0), (0, 0, 0)]
+    )
+    g = jnp.pad(g, [(0, 0), (0, strips * deep - rows), (0, 0), (0, 0)])
+
+    def add(number, total):
+        image, strip = number // strips, number % strips
+        first, shape = strip * deep, (1, seen, *x.shape[2:])
+        part = jax.lax.dynamic_slice(x, (image, first * stride, 0, 0), shape)
+        taps = _taps(part, deep, cols, size, stride, dilation)
+        copies = jnp.concatenate(taps, 3).reshape(-1, columns)
+        own = jax.lax.dynamic_slice(g, (image, first, 0, 0), (1, deep, cols, out))
+        own = own.reshape(-1, out).T
+        return total + jnp.matmul(own, copies, preferred_element_type=jnp.float32)
+
+    total = jax.lax.fori_loop(0, b * strips, add, jnp.zeros((out, columns)))
+    return total.T.reshape(size, size, channels, out)
+
+
+def _taps(x, rows, cols, size, stride, dilation) -> list[Float[Array, "b H W i"]]:
+    """What each tap of a kernel sees of padded x, row by row."""
+    down, right = (rows - 1) * stride + 1, (cols - 1) * stride + 1
+    corners = [n * dilation for n in range(size)]
+    return [x[:, r : r + down : stride, c : c + right : stride] for r in corners for c in corners]
+
+
 class Conv(nn.Module):
-    """Cross-correlation with a k×k kernel, no bias, zero-padded by dilation · (k−1)/2 on each side.
+    """`convolve` with a kernel of its own, which a frozen norm may scale by output channel.
 
     Attributes:
       channels: output channels.
@@ -34,21 +152,12 @@ class Conv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"], scale: Float[Array, " o"] | float = 1.0
+    ) -> Float[Array, "b H W o"]:
         shape = (self.size, self.size, x.shape[-1], self.channels)
-        kernel = self.param("kernel", he_normal_fan_out, shape).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if self.size == 1:  # a matmul: the same numbers, and on a CPU a faster gradient
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-        pad = self.dilation * (self.size - 1) // 2
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            [(pad, pad)] * 2,
-            rhs_dilation=(self.dilation, self.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        kernel = self.param("kernel", he_normal_fan_out, shape) * scale
+        return convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
 
 
 class GroupNorm(nn.Module):
@@ -84,15 +193,58 @@ def resize(
     )
 
 
-def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def max_pool(
+    x: Float[Array, "b h w c"], size: int, pads: tuple[tuple[int, int], tuple[int, int]]
+) -> Float[Array, "b H W c"]:
+    """The largest of each size×size window, two apart; `pads` (before, after) never win.
+
+    Of equal ones the first gets the gradient, as in PyTorch. XLA's own pooling is the same, but on
+    a CPU several times slower, its gradient above all: it sorts out the winners by their indices.
+    """
+    return functools.reduce(jnp.maximum, _windows(x, size, pads))
+
+
+def _windows(x, size, pads) -> list[Float[Array, "b H W c"]]:
+    """What each place of a window sees, row by row; −∞ outside."""
+    x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=-jnp.inf)
+    rows, cols = ((n - size) // 2 + 1 for n in x.shape[1:3])
+    return _taps(x, rows, cols, size, stride=2, dilation=1)
+
+
+def _max_pool_fwd(x, size, pads):
+    y = max_pool(x, size, pads)
+    return y, (x, y)
+
+
+def _max_pool_bwd(size, pads, kept, g):
+    x, y = kept
+    free, won = jnp.ones(y.shape, bool), []
+    for tap in _windows(x, size, pads):
+        first = free & (tap == y)
+        won.append(jnp.where(first, g, 0))
+        free &= ~first
+    place = functools.partial(_windows, size=size, pads=pads)
+    return jax.linear_transpose(place, x)(won)
+
+
+max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def halved(x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+    """2×2 max-pool, stride 2; odd sizes are halved upwards: 45 becomes 23."""
+    return max_pool(x, 2, tuple((0, n % 2) for n in x.shape[1:3]))
+
+
+def ceil_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
     """3×3 max-pool, stride 2, padding 1, ceil mode, as in the Caffe DeepLab.
 
     H = ⌈(h − 1) / 2⌉ + 1 by ceil mode, one less where the last window would start outside the
-    padded input (PyTorch's rule); padding never wins.
+    padded input (PyTorch's rule).
     """
     pads = []
     for n in x.shape[1:3]:
         windows = -(-(n - 1) // 2) + 1
         windows -= 2 * (windows - 1) >= n + 1
         pads.append((1, 2 * windows - n))
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=pads)
+    return max_pool(x, 3, tuple(pads))

@@ -28,7 +28,7 @@ from protoseg_jax import models
 from protoseg_jax.errors import UserError
 from protoseg_jax.models import weights
 from protoseg_jax.models.deeplab import ASPP
-from protoseg_jax.models.layers import Conv, GroupNorm, is_kernel, max_pool
+from protoseg_jax.models.layers import Conv, GroupNorm, ceil_pool, is_kernel
 
 GROUPS = {"backbone": is_kernel, "aspp": lambda path: True}
 
@@ -54,18 +54,26 @@ class FrozenBatchNorm(nn.Module):
     """BatchNorm with everything fixed: x · scale + bias per channel, from the collection "frozen".
 
     scale = γ / √(σ² + ε) and bias = β − μ · scale of the ported statistics; initially the identity.
+    The scale goes into the kernel of the convolution before it, at every step, so that what is
+    trained stays unscaled: a pass over the map is saved, and a GPU adds the bias as it convolves.
     """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        scale = self.variable("frozen", "scale", jnp.ones, x.shape[-1:], jnp.float32).value
-        bias = self.variable("frozen", "bias", jnp.zeros, x.shape[-1:], jnp.float32).value
-        return (x * scale + bias).astype(self.dtype)
+    def __call__(self, conv: Conv, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
+        shape = (conv.channels,)
+        scale = self.variable("frozen", "scale", jnp.ones, shape, jnp.float32).value
+        bias = self.variable("frozen", "bias", jnp.zeros, shape, jnp.float32).value
+        return (conv(x, scale) + bias).astype(self.dtype)
 
 
 NORMS = {"frozen_batch": FrozenBatchNorm, "group": GroupNorm}
+
+
+def convolved(conv: Conv, norm: nn.Module, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
+    """A convolution of x and its norm, one of `NORMS`."""
+    return norm(conv, x) if isinstance(norm, FrozenBatchNorm) else norm(conv(x))
 
 
 class Bottleneck(nn.Module):
@@ -93,13 +101,14 @@ class Bottleneck(nn.Module):
         strides = (self.stride, 1) if self.stride_in == "1x1" else (1, self.stride)
         shortcut = x
         if self.project:
-            shortcut = conv(4 * self.channels, stride=self.stride, name="downsample_conv")(x)
-            shortcut = norm(name="downsample_norm")(shortcut)
-        x = nn.relu(norm(name="norm1")(conv(self.channels, stride=strides[0], name="conv1")(x)))
-        x = conv(self.channels, 3, strides[1], self.dilation, name="conv2")(x)
-        x = nn.relu(norm(name="norm2")(x))
-        x = norm(name="norm3")(conv(4 * self.channels, name="conv3")(x))
-        return nn.relu(x + shortcut)
+            to_shortcut = conv(4 * self.channels, stride=self.stride, name="downsample_conv")
+            shortcut = convolved(to_shortcut, norm(name="downsample_norm"), x)
+        reduce = conv(self.channels, stride=strides[0], name="conv1")
+        spread = conv(self.channels, 3, strides[1], self.dilation, name="conv2")
+        increase = conv(4 * self.channels, name="conv3")
+        x = nn.relu(convolved(reduce, norm(name="norm1"), x))
+        x = nn.relu(convolved(spread, norm(name="norm2"), x))
+        return nn.relu(convolved(increase, norm(name="norm3"), x) + shortcut)
 
 
 class ResNet(nn.Module):
@@ -126,8 +135,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         make = nn.remat(Bottleneck) if self.remat else Bottleneck
-        x = Conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(images)
-        x = max_pool(nn.relu(NORMS[self.norm](dtype=self.dtype, name="norm1")(x)))
+        stem = Conv(self.width, 7, 2, dtype=self.dtype, name="conv1")
+        norm = NORMS[self.norm](dtype=self.dtype, name="norm1")
+        x = ceil_pool(nn.relu(convolved(stem, norm, images)))
         settings = {"stride_in": self.stride_in, "norm": self.norm, "dtype": self.dtype}
         for stage, (stride, dilation) in enumerate(STAGES[self.output_stride]):
             for block in range(BLOCKS[self.depth][stage]):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from protoseg_jax import models
-from protoseg_jax.models.layers import Conv, GroupNorm, is_kernel
+from protoseg_jax.models.layers import Conv, GroupNorm, halved, is_kernel
 
 GROUPS = {"backbone": is_kernel, "decoder": is_kernel}
 
@@ -43,8 +43,6 @@ class DoubleConv(nn.Module):
 class Encoder(nn.Module):
     """Image → maps at strides 1, 2, …, 2^depth with width · 1, 2, …, 2^depth channels.
 
-    Halves odd sizes upwards: 45 becomes 23.
-
     Attributes:
       depth: how often it halves; 4 in the original.
       width: channels at full size; 64 in the original.
@@ -63,8 +61,7 @@ class Encoder(nn.Module):
         x, maps = images, []
         for level in range(self.depth + 1):
             if level:
-                pads = [(0, n % 2) for n in x.shape[1:3]]
-                x = nn.max_pool(x, (2, 2), strides=(2, 2), padding=pads)
+                x = halved(x)
             x = level_of(self.width * 2**level, self.dtype, name=f"down{level}")(x)
             maps.append(x)
         return tuple(maps)

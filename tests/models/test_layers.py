@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from protoseg_jax.models import layers
 from protoseg_jax.models.deeplab import ASPP
-from protoseg_jax.models.layers import Conv, GroupNorm, max_pool
+from protoseg_jax.models.layers import Conv, GroupNorm, ceil_pool, convolve, halved
 from protoseg_jax.models.resnet import Bottleneck, FrozenBatchNorm
 
 
@@ -23,6 +25,18 @@ def literal_convolution(x, kernel, stride, dilation):
             window = padded[:, row : row + reach : dilation, col : col + reach : dilation]
             y[:, i, j] = np.einsum("bhwi,hwio->bo", window, kernel)
     return y
+
+
+def literal_kernel_gradient(x, g, k, stride, dilation):
+    """Of Σ g · y with respect to the kernel, float64, one output point at a time."""
+    pad = dilation * (k - 1) // 2
+    padded = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    total, reach = np.zeros((k, k, x.shape[3], g.shape[3])), dilation * (k - 1) + 1
+    for i, j in np.ndindex(*g.shape[1:3]):
+        row, col = i * stride, j * stride
+        window = padded[:, row : row + reach : dilation, col : col + reach : dilation]
+        total += np.einsum("bhwi,bo->hwio", window, g[:, i, j])
+    return total
 
 
 def literal_max_pool(x):
@@ -42,7 +56,22 @@ def literal_max_pool(x):
 def test_max_pool_is_the_literal_one(size):
     # Negative everywhere: padding by zeros would win.
     x = -np.random.default_rng(0).uniform(1, 2, (2, *size, 3)).astype(np.float32)
-    np.testing.assert_array_equal(max_pool(x), literal_max_pool(x))
+    np.testing.assert_array_equal(ceil_pool(x), literal_max_pool(x))
+
+
+@pytest.mark.parametrize("pool", [ceil_pool, halved])
+def test_pooling_gives_the_gradient_to_the_first_of_equal_values(pool):
+    """Against XLA's own pooling, on maps that are often equal, and of odd size."""
+    x = np.random.default_rng(0).integers(0, 3, (2, 9, 12, 3)).astype(np.float32)
+    size, pads = (3, [(1, 1), (1, 2)]) if pool is ceil_pool else (2, [(0, 1), (0, 0)])
+
+    def theirs(x):
+        return nn.max_pool(x, (size, size), strides=(2, 2), padding=pads)
+
+    (got, pull), (expected, pull_theirs) = jax.vjp(pool, x), jax.vjp(theirs, x)
+    np.testing.assert_array_equal(got, expected)
+    g = np.arange(got.size, dtype=np.float32).reshape(got.shape)
+    np.testing.assert_array_equal(pull(g)[0], pull_theirs(g)[0])
 
 
 @pytest.mark.parametrize("size", [(9, 12), (10, 7)])
@@ -56,6 +85,44 @@ def test_convolution_is_the_literal_one(size, k, stride, dilation):
     expected = literal_convolution(x, kernel, stride, dilation)
     got = Conv(4, k, stride, dilation).apply({"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strip", [1, 1 << 17])
+@pytest.mark.parametrize(
+    ("k", "stride", "dilation"),
+    [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 2, 2), (3, 1, 4), (3, 1, 11), (7, 2, 1)],
+)
+def test_every_form_of_a_kernels_gradient_is_the_literal_one(
+    monkeypatch, k, stride, dilation, strip
+):
+    """In strips of a row or two, the last one not full, or of the whole map; taps outside it."""
+    monkeypatch.setattr(layers, "_STRIP", strip)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 9, 12, 6)).astype(np.float32)
+    kernel = rng.normal(size=(k, k, 6, 4)).astype(np.float32)
+    y, pull = jax.vjp(lambda kernel: convolve(x, kernel, stride, dilation), kernel)
+    g = rng.normal(size=y.shape).astype(np.float32)
+    expected = literal_kernel_gradient(x, g, k, stride, dilation)
+    how = {"size": k, "stride": stride, "dilation": dilation}
+    forms = layers._by_strips, layers._by_taps, layers._by_transposition
+    for got in (*pull(g), *(form(x, g, **how) for form in forms)):
+        assert got.shape == kernel.shape
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_differentiates_what_is_asked_for_alone():
+    x, kernel = jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 3))
+    step = [jax.grad(lambda x, k: convolve(x, k).sum(), which) for which in (0, 1)]
+    of_x, of_kernel = (str(jax.make_jaxpr(f)(x, kernel)) for f in step)
+    assert "platform_index" not in of_x and "transpose" not in of_x.replace("_transpose", "")
+    assert "platform_index" in of_kernel
+
+
+def test_a_kernels_gradient_is_summed_in_float32():
+    """A thousand ones and a half are 1000.5, which bfloat16 does not have."""
+    x = jnp.ones((1, 23, 87, 1), jnp.bfloat16).at[0, 0, 0].set(0.5)
+    got = jax.grad(lambda k: convolve(x, k).astype(jnp.float32).sum())(jnp.ones((1, 1, 1, 1)))
+    assert got.dtype == jnp.float32 and float(got[0, 0, 0, 0]) == 2000.5
 
 
 @pytest.mark.parametrize("size", [(9, 12), (3, 20)])
@@ -96,12 +163,31 @@ def test_group_norm_is_the_literal_one():
             np.testing.assert_allclose(got[image, :, :, own], expected, rtol=1e-4, atol=1e-4)
 
 
+class Convolved(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return FrozenBatchNorm(name="norm")(Conv(3, 3, name="conv"), x)
+
+
 def test_frozen_batch_norm_is_affine_and_not_a_parameter():
     x = np.random.default_rng(0).normal(size=(1, 2, 3, 4)).astype(np.float32)
-    assert set(FrozenBatchNorm().init(jax.random.key(0), x)) == {"frozen"}
-    frozen = {"scale": np.array([1.0, 2, 3, 4]), "bias": np.array([4.0, 3, 2, 1])}
-    got = FrozenBatchNorm().apply({"frozen": frozen}, x)
-    np.testing.assert_allclose(got, x * frozen["scale"] + frozen["bias"], rtol=1e-6)
+    convolved = Convolved()
+    variables = convolved.init(jax.random.key(0), x)
+    assert set(variables["frozen"]) == {"norm"} and set(variables["params"]) == {"conv"}
+    frozen = {"scale": np.array([1.0, 2, 3]), "bias": np.array([4.0, 3, 2])}
+    kernel = variables["params"]["conv"]["kernel"]
+    expected = literal_convolution(x, kernel, 1, 1) * frozen["scale"] + frozen["bias"]
+
+    def apply(kernel):
+        return convolved.apply(
+            {"params": {"conv": {"kernel": kernel}}, "frozen": {"norm": frozen}}, x
+        )
+
+    np.testing.assert_allclose(apply(kernel), expected, rtol=1e-5, atol=1e-5)
+    # The trained kernel is the unscaled one.
+    got = jax.grad(lambda kernel: apply(kernel).sum())(kernel)
+    g = np.ones(expected.shape) * frozen["scale"]
+    np.testing.assert_allclose(got, literal_kernel_gradient(x, g, 3, 1, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride_in", ["1x1", "3x3"])

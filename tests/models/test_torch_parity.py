@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from protoseg_jax.models.deeplab import ASPP
-from protoseg_jax.models.layers import Conv, max_pool
+from protoseg_jax.models.layers import Conv, ceil_pool, convolve, halved
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -37,10 +37,18 @@ def compare(pairs):
 
 
 @pytest.mark.parametrize("size", [(1, 2), (5, 6), (7, 8), (33, 64), (161, 97)])
-def test_max_pool(size):
-    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
-    expected = F.max_pool2d(nchw(x), 3, 2, 1, ceil_mode=True)
-    np.testing.assert_array_equal(max_pool(x), nhwc(expected))
+@pytest.mark.parametrize(("pool", "how"), [(ceil_pool, (3, 2, 1)), (halved, (2, 2, 0))])
+def test_pooling_and_its_gradient(size, pool, how):
+    """Of equal values, some at zero as after a ReLU, the first gets the gradient."""
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.integers(-3, 4, (2, *size, 3)), 0).astype(np.float32)
+    theirs = nchw(x).requires_grad_()
+    expected = F.max_pool2d(theirs, *how, ceil_mode=True)
+    got, pull = jax.vjp(pool, x)
+    np.testing.assert_array_equal(got, nhwc(expected))
+    g = rng.normal(size=got.shape).astype(np.float32)
+    expected.backward(nchw(g))
+    assert_close(pull(g)[0], nhwc(theirs.grad), 1e-6)
 
 
 @pytest.mark.parametrize("size", [(33, 20), (32, 21)])
@@ -55,6 +63,27 @@ def test_convolution(size, k, stride, dilation):
     expected = F.conv2d(nchw(x), oihw(kernel), None, stride, pad, dilation)
     got = Conv(6, k, stride, dilation).apply({"params": {"kernel": kernel}}, x)
     assert_close(got, nhwc(expected), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 61, 83, 16, 24), (2, 41, 41, 96, 48)])
+@pytest.mark.parametrize(
+    ("k", "stride", "dilation"), [(7, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 1, 12), (1, 2, 1)]
+)
+def test_gradients_of_a_convolution(shape, k, stride, dilation):
+    """At sizes of several strips a map."""
+    rng = np.random.default_rng(0)
+    b, h, w, i, o = shape
+    x, kernel = rng.normal(size=(b, h, w, i)), rng.normal(size=(k, k, i, o))
+    x, kernel = x.astype(np.float32), kernel.astype(np.float32)
+    theirs = nchw(x).requires_grad_(), oihw(kernel).requires_grad_()
+    pad = dilation * (k - 1) // 2
+    expected = F.conv2d(*theirs, None, stride, pad, dilation)
+    got, pull = jax.vjp(lambda *a: convolve(*a, stride, dilation), x, kernel)
+    g = rng.normal(size=got.shape).astype(np.float32)
+    expected.backward(nchw(g))
+    dx, dkernel = jax.jit(pull)(g)
+    assert_close(dx, nhwc(theirs[0].grad), 1e-5)
+    assert_close(dkernel, theirs[1].grad.numpy().transpose(2, 3, 1, 0), 1e-5)
 
 
 def test_aspp_and_its_gradients():
