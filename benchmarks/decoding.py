@@ -71,7 +71,7 @@ def main() -> None:
         image = cv2.resize(images.decode(arguments.image.read_bytes()), SIZE[::-1])
     config = configs.load("cityscapes")
     augment = Augment(tuple(config.crop_size), tuple(config.augment.scale), (124, 116, 104))
-    stored_labels, rng = images.encode(labels), np.random.default_rng(0)
+    stored_labels, rng = images.encode_labels(labels), np.random.default_rng(0)
     option = f" --image={arguments.image.name}" if arguments.image else ""
     lines = [
         "# Decoding 2048×1024 images",

@@ -325,6 +325,13 @@ def encode(
     return cv2.imencode(suffix, array, options)[1].tobytes()
 
 
+def encode_labels(labels: UInt8[np.ndarray, "h w"]) -> bytes:
+    """Labels as 8-bit grey PNG, its rows not filtered: they decode three times as fast as those of
+    `encode`, and are smaller (benchmarks/results/input.md)."""
+    options = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE, cv2.IMWRITE_PNG_COMPRESSION, 6]
+    return cv2.imencode(".png", labels, options)[1].tobytes()
+
+
 def palette_png(
     labels: UInt8[np.ndarray, "h w"], colours: Sequence[tuple[int, int, int]] = ()
 ) -> bytes:

@@ -106,3 +106,12 @@ def test_a_crop_has_surroundings_and_knows_its_patch(box):
 
 def test_file_names():
     assert images.file_name("a b/c.é-1") == "a_b_c_é_1"
+
+
+def test_encoded_labels_are_grey_png_and_keep_their_values():
+    labels = PIXELS[..., 0]
+    data = images.encode_labels(labels)
+    np.testing.assert_array_equal(images.decode(data, grey=True), labels)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert (opened.format, opened.mode) == ("PNG", "L")
+        np.testing.assert_array_equal(np.array(opened), labels)
