@@ -32,16 +32,21 @@ FORMS = {
 }
 
 
-def street(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(image, labels): discs of falling size, each of one class and colour, and noise of σ = 2."""
-    image = np.full((*SIZE, 3), 90, np.uint8)
-    labels = np.zeros(SIZE, np.uint8)
+def street(
+    rng: np.random.Generator,
+    size: tuple[int, int] = SIZE,
+    classes: int = 19,
+    noise: float = 2.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(image, labels): discs of falling size, each of one class and colour, and noise."""
+    image = np.full((*size, 3), 90, np.uint8)
+    labels = np.zeros(size, np.uint8)
     for n in range(600):
-        centre = tuple(int(rng.integers(0, s)) for s in SIZE[::-1])
-        radius = int(300 / (1 + n / 20))
+        centre = tuple(int(rng.integers(0, s)) for s in size[::-1])
+        radius = int(300 * size[0] / SIZE[0] / (1 + n / 20))
         cv2.circle(image, centre, radius, rng.integers(0, 256, 3).tolist(), -1)
-        cv2.circle(labels, centre, radius, int(rng.integers(0, 19)), -1)
-    noisy = cv2.GaussianBlur(image, (5, 5), 0) + rng.normal(0, 2, image.shape)
+        cv2.circle(labels, centre, radius, int(rng.integers(0, classes)), -1)
+    noisy = cv2.GaussianBlur(image, (5, 5), 0) + rng.normal(0, noise, image.shape)
     return np.clip(noisy, 0, 255).astype(np.uint8), labels
 
 
@@ -66,7 +71,7 @@ def main() -> None:
         image = cv2.resize(images.decode(arguments.image.read_bytes()), SIZE[::-1])
     config = configs.load("cityscapes")
     augment = Augment(tuple(config.crop_size), tuple(config.augment.scale), (124, 116, 104))
-    stored_labels, rng = images.encode(labels), np.random.default_rng(0)
+    stored_labels, rng = images.encode_labels(labels), np.random.default_rng(0)
     option = f" --image={arguments.image.name}" if arguments.image else ""
     lines = [
         "# Decoding 2048×1024 images",

@@ -67,19 +67,22 @@ class Augment(grain.RandomMapTransform):
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         choice = self.choose(element["image"].shape[:2], rng)
-        image = resize_image(element["image"], choice.size)
-        label = resize_labels(element["label"], choice.size)
         if choice.displacements is None:
-            image = pad_and_crop(image, choice.box, self.padding_colour)
-            label = pad_and_crop(label, choice.box, VOID)
+            inside = (0, 0, *self.crop_size)
+            image = resize_image(element["image"], choice.size, choice.box)
+            image = pad_and_crop(image, inside, self.padding_colour)
+            label = resize_labels(element["label"], choice.size, choice.box)
+            label = pad_and_crop(label, inside, VOID)
         else:
+            image = resize_image(element["image"], choice.size)
+            label = resize_labels(element["label"], choice.size)
             places = displaced(choice.box, choice.displacements)
             image = cv2.remap(
                 image, *places, cv2.INTER_LINEAR, None, cv2.BORDER_CONSTANT, self.padding_colour
             )
             label = cv2.remap(label, *places, cv2.INTER_NEAREST, None, cv2.BORDER_CONSTANT, VOID)
         if choice.flip:
-            image, label = image[:, ::-1], label[:, ::-1]
+            image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         image, label = np.rot90(image, choice.turns), np.rot90(label, choice.turns)
         return {"image": np.ascontiguousarray(image), "label": np.ascontiguousarray(label)}
 

@@ -225,7 +225,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 record = {"image_id": example.image_id, "image": image}
                 for name in ("label", "parts"):
                     if (labels := getattr(example, name)) is not None:
-                        record[name] = images.encode(labels)
+                        record[name] = images.encode_labels(labels)
                 yield number, record
                 progress.update(1)
         # TFDS writes the metadata when all splits are done.

@@ -10,6 +10,7 @@ from protoseg_jax.data import augment
 from protoseg_jax.data.augment import Augment
 from protoseg_jax.data.labels import VOID, generic
 from protoseg_jax.errors import UserError
+from protoseg_jax.images import pad_and_crop, resize_image, resize_labels
 
 GREY = (124, 116, 104)
 
@@ -43,6 +44,19 @@ def test_sizes_padding_and_the_box(h, w, crop, seed):
     inside = inside[:, ::-1] if choice.flip else inside
     np.testing.assert_array_equal(out["label"] == VOID, ~inside)
     assert (out["image"][~inside] == GREY).all()
+
+
+@given(st.tuples(st.integers(5, 60), st.integers(5, 60)), st.integers(0, 2**32 - 1))
+def test_a_crop_is_what_is_cut_out_of_the_whole_scaled_example(size, seed):
+    """To the bit, though no more is scaled than the crop needs."""
+    aug, rng = Augment((24, 20), (0.5, 1.5), GREY), np.random.default_rng(seed)
+    source = {k: rng.permuted(v.ravel()).reshape(v.shape) for k, v in example(*size).items()}
+    out = aug.random_map(source, np.random.default_rng(seed))
+    choice = aug.choose(size, np.random.default_rng(seed))
+    for key, resize, fill in (("image", resize_image, GREY), ("label", resize_labels, VOID)):
+        whole = pad_and_crop(resize(source[key], choice.size), choice.box, fill)
+        np.testing.assert_array_equal(out[key], whole[:, ::-1] if choice.flip else whole)
+        assert out[key].flags.c_contiguous
 
 
 def test_labels_follow_their_pixels_and_both_flips_occur():

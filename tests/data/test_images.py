@@ -4,6 +4,8 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from protoseg_jax import images
@@ -106,3 +108,48 @@ def test_a_crop_has_surroundings_and_knows_its_patch(box):
 
 def test_file_names():
     assert images.file_name("a b/c.é-1") == "a_b_c_é_1"
+
+
+SIDES = st.tuples(st.integers(1, 90), st.integers(1, 90))
+
+
+@given(SIDES, SIDES, st.booleans(), st.data())
+def test_a_box_of_what_is_resized_is_what_is_cut_out_of_the_whole(size, target, halved, data):
+    """To the bit; where the box reaches beyond, what lies within."""
+    if halved:  # which OpenCV does in its own way
+        size = 2 * target[0], 2 * target[1]
+    top, left = (data.draw(st.integers(0, n - 1)) for n in target)
+    height, width = data.draw(SIDES)
+    pixels = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 256, (*size, 3))
+    pixels = pixels.astype(np.uint8)
+    for resize in (images.resize_image, images.resize_labels):
+        for array in (pixels, pixels[..., 0].copy()):
+            whole = resize(array, target)[top : top + height, left : left + width]
+            np.testing.assert_array_equal(resize(array, target, (top, left, height, width)), whole)
+
+
+def test_boxes_of_cityscapes_size_over_the_whole_range_of_scales():
+    """Where a place is far from the corner, its weights have fewer digits."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (1024, 2048, 3)).astype(np.uint8)
+    for scale in (0.5, 0.5004, 0.777, 1.0, 1.2345, 1.5):
+        size = int(1024 * scale), int(2048 * scale)
+        for resize, array in (
+            (images.resize_image, pixels),
+            (images.resize_labels, pixels[..., 0]),
+        ):
+            whole = resize(array, size)
+            for _ in range(4):
+                top, left = (int(rng.integers(0, max(n - 513, 0) + 1)) for n in size)
+                cut = whole[top : top + 513, left : left + 513]
+                got = resize(array, size, (top, left, 513, 513))
+                np.testing.assert_array_equal(got, cut)
+
+
+def test_encoded_labels_are_grey_png_and_keep_their_values():
+    labels = PIXELS[..., 0]
+    data = images.encode_labels(labels)
+    np.testing.assert_array_equal(images.decode(data, grey=True), labels)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert (opened.format, opened.mode) == ("PNG", "L")
+        np.testing.assert_array_equal(np.array(opened), labels)

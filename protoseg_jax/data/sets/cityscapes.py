@@ -6,8 +6,9 @@
 
 Label ids become the 19 train ids, all others void. The test labels are dummies: it has none.
 
-Training images are stored uncompressed, in 19 GB: decoding PNGs, a core makes too few training
-examples a second to feed a GPU (benchmarks/results/decoding.md).
+Training images are stored as BMP, which ArrayRecord compresses quickly and less than PNG does:
+decoding PNGs, a core makes too few training examples a second to feed a GPU
+(benchmarks/results/decoding.md, input.md).
 """
 
 import json
