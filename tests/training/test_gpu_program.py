@@ -16,6 +16,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.sharding import Mesh, PartitionSpec
 
+from benchmarks import gpu_program
 from protoseg_jax import config as configs
 from protoseg_jax import inference as inferences
 from protoseg_jax import losses, models
@@ -107,3 +108,49 @@ def test_no_weight_gradient_is_left_a_convolution_with_a_map_for_a_kernel(dtype)
     found = list(convolutions(lowered_joint_step(dtype).operation))
     assert any(max(c.kernel) <= LARGE and max(c.dilation) > 1 for c in found)
     assert [c for c in found if c.left_as_it_is] == []
+
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%fused_slice (p: s32[], q: f32[4,100]) -> f32[1,100] {
+  %q = f32[4,100]{1,0} parameter(1)
+  %p = s32[] parameter(0)
+  %zero = s32[] constant(0)
+  ROOT %taken = f32[1,100]{1,0} dynamic-slice(%q, %p, %zero), dynamic_slice_sizes={1,100}
+}
+
+%body (state: (s32[], f32[4,100])) -> (s32[], f32[4,100]) {
+  %state = (s32[], f32[4,100]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[4,100]{1,0} get-tuple-element(%state), index=1
+  %row = f32[1,100]{1,0} fusion(%i, %x), kind=kLoop, calls=%fused_slice
+  %sum = f32[1,100]{1,0} all-reduce-start(%row), to_apply=%add
+  %done = f32[1,100]{1,0} all-reduce-done(%sum)
+  ROOT %next = (s32[], f32[4,100]{1,0}) tuple(%i, %x)
+}
+
+ENTRY %main (a: (s32[], f32[4,100]), b: bf16[2,9,9,8], k: bf16[8,65,65,8]) -> bf16[2,9,9,8] {
+  %a = (s32[], f32[4,100]{1,0}) parameter(0)
+  %b = bf16[2,9,9,8]{3,2,1,0:T(8,128)} parameter(1)
+  %k = bf16[8,65,65,8]{3,2,1,0} parameter(2)
+  %loop = (s32[], /*index=1*/f32[4,100]{1,0}) while(%a), condition=%less, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %c = (bf16[2,9,9,8]{3,2,1,0}, u8[0]{0}) custom-call(%b, %k), window={size=65x65 stride=2x2 \
+pad=2_2x2_2 rhs_dilate=4x4}, custom_call_target="__cudnn$convForward"
+  %g = f32[8,8]{1,0} custom-call(%b, %b), custom_call_target="__cublas$gemm"
+  ROOT %out = bf16[2,9,9,8]{3,2,1,0} get-tuple-element(%c), index=0
+}
+"""
+
+
+def test_a_program_is_counted_from_its_text():
+    hlo = gpu_program.Hlo(HLO)
+    ((convolution, number),) = gpu_program.convolutions(hlo).items()
+    assert (convolution.kind, number, convolution.large) == ("forward", 1, True)
+    assert str(convolution) == "65x65, stride 2x2, dilation 4x4"
+    assert gpu_program.matmuls(hlo) == (1, 0)
+    assert gpu_program.collectives(hlo) == "1 all-reduce (0.0 MB)"
+    row, b, k = 4 * 100, 2 * 2 * 9 * 9 * 8, 2 * 8 * 65 * 65 * 8
+    # Each round takes a row by its number and writes it, then reads and writes it once more.
+    loop = 3 * (4 + 2 * row + 2 * row)
+    assert hlo.traffic(hlo.entry) == loop + (b + k + b) + (b + b + 4 * 8 * 8)
