@@ -82,15 +82,17 @@ class Program:
         }
         return *replicated, batch
 
-    def compile(self, pool: DevicePool, arguments: tuple):
-        """For arguments, or for their shapes."""
-        return pool.map(self.function, self.donated).lower(*arguments).compile()
+    def compile(self, pool: DevicePool, arguments: tuple, **options: bool):
+        """For arguments, or for their shapes; with XLA's options."""
+        lowered = pool.map(self.function, self.donated).lower(*arguments)
+        return lowered.compile(compiler_options=options)
 
 
 class Case:
-    """One config at one dtype on one device."""
+    """One config at one dtype on one device, with random weights, or zeros, which need no
+    compiling."""
 
-    def __init__(self, name: str, dtype: str):
+    def __init__(self, name: str, dtype: str, random: bool = True):
         self.classes, self.label_size, *_ = SETS[name]
         self.config = configs.load(name)
         self.config.compute_dtype = dtype
@@ -103,9 +105,12 @@ class Case:
         self.experiment = Experiment(self.config, self.pool, labels)
         self.inference = self.experiment.inference(records.new(self.owners))
         images = jnp.zeros((1, *self.config.crop_size, 3))
-        self.variables = jax.device_get(
-            jax.jit(self.inference.model.init)(jax.random.key(0), images)
-        )
+        init, key = self.inference.model.init, jax.random.key(0)
+        if random:
+            self.variables = jax.device_get(jax.jit(init)(key, images))
+        else:
+            shapes = jax.eval_shape(init, key, images)
+            self.variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         self.rng = np.random.default_rng(0)
 
     def batch(self, size: int, image: tuple[int, int], label: tuple[int, int]) -> dict:

@@ -35,6 +35,8 @@ from protoseg_jax.program import exit_with
 
 PHASES = ("warmup", "joint", "finetune")
 PROGRAMS = (*PHASES, "search", "evaluation", "overlap")
+# Its own (Triton) matmuls need tuning, and Pascal's do not compile without it.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 LARGE = 7  # no forward convolution has a larger window
 KINDS = {
     "__cudnn$convForward": "forward",
@@ -250,13 +252,13 @@ def section(name: str, arguments: argparse.Namespace, pools: dict[int, DevicePoo
     """The tables of one config."""
     rows, windows = [], collections.defaultdict(list)
     for dtype in arguments.dtypes:
-        case = Case(name, dtype)
+        case = Case(name, dtype, random=False)
         for devices, pool in pools.items():
             for which in arguments.programs:
                 program = make(case, which, devices)
                 if program is None:
                     continue
-                compiled = program.compile(pool, program.shapes(pool))
+                compiled = program.compile(pool, program.shapes(pool), **OPTIONS)
                 hlo = Hlo(compiled.as_text())
                 if arguments.keep:
                     file = arguments.keep / f"{name}_{which}_{dtype}_{devices}.hlo"
@@ -340,8 +342,8 @@ def main() -> None:
         "",
         "Compiled for NVIDIA H100s on a machine without one: nothing ran, and XLA's choice of "
         "kernels is untuned. Memory and traffic are a device's. The batch is of all devices, the "
-        "nearest to the config's that they share evenly. Matmuls: cuBLAS's + those that XLA "
-        "compiles itself. Traffic: what every kernel reads and writes, a loop of unknown length "
+        "nearest to the config's that they share evenly. Matmuls: cuBLAS's, which is told to do "
+        "them all, + others. Traffic: what every kernel reads and writes, a loop of unknown length "
         "once. Fused: with what is added to a convolution, or its activation, in one cuDNN call.",
         "",
     ]
