@@ -11,6 +11,7 @@ a config's own batch. On a CPU: --batch=2 --steps=1 --dtypes=float32.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 import time
@@ -56,10 +57,42 @@ def matmul_rate(dtype: jnp.dtype, size: int) -> float:
     return 2 * size**3 / best
 
 
-class Case:
-    """One config at one dtype on one device."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function to be mapped over devices, and what it is called with."""
 
-    def __init__(self, name: str, dtype: str):
+    function: Callable  # of `replicated` and `batch`
+    replicated: tuple  # arguments that every device has a copy of
+    batch: dict[str, np.ndarray]
+    donated: tuple[int, ...] = ()
+
+    def arguments(self, pool: DevicePool) -> tuple:
+        """On the devices."""
+        return *pool.replicate(self.replicated), pool.shard(self.batch)
+
+    def shapes(self, pool: DevicePool) -> tuple:
+        """The arguments' shapes alone, for devices that are not there."""
+        n = pool.count
+        replicated = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), self.replicated
+        )
+        batch = {
+            k: jax.ShapeDtypeStruct((n, len(x) // n, *x.shape[1:]), x.dtype)
+            for k, x in self.batch.items()
+        }
+        return *replicated, batch
+
+    def compile(self, pool: DevicePool, arguments: tuple, **options: bool):
+        """For arguments, or for their shapes; with XLA's options."""
+        lowered = pool.map(self.function, self.donated).lower(*arguments)
+        return lowered.compile(compiler_options=options)
+
+
+class Case:
+    """One config at one dtype on one device, with random weights, or zeros, which need no
+    compiling."""
+
+    def __init__(self, name: str, dtype: str, random: bool = True):
         self.classes, self.label_size, *_ = SETS[name]
         self.config = configs.load(name)
         self.config.compute_dtype = dtype
@@ -72,9 +105,12 @@ class Case:
         self.experiment = Experiment(self.config, self.pool, labels)
         self.inference = self.experiment.inference(records.new(self.owners))
         images = jnp.zeros((1, *self.config.crop_size, 3))
-        self.variables = jax.device_get(
-            jax.jit(self.inference.model.init)(jax.random.key(0), images)
-        )
+        init, key = self.inference.model.init, jax.random.key(0)
+        if random:
+            self.variables = jax.device_get(jax.jit(init)(key, images))
+        else:
+            shapes = jax.eval_shape(init, key, images)
+            self.variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         self.rng = np.random.default_rng(0)
 
     def batch(self, size: int, image: tuple[int, int], label: tuple[int, int]) -> dict:
@@ -88,38 +124,56 @@ class Case:
             "index": np.arange(size, dtype=np.int32),
         }
 
+    def train_program(self, name: str, batch_size: int, **loss: float) -> Program:
+        """A phase's step; `loss` changes the config's."""
+        phase = next(p for p in self.experiment.phases if p.name == name)
+        loss = ml_collections.ConfigDict({**self.config.loss.to_dict(), **loss})
+        rules, size = models.decay(self.config.model), tuple(self.config.crop_size)
+        step = steps.make_step(
+            self.inference,
+            phase,
+            losses.terms(loss, self.owners, self.classes),
+            rules,
+            accumulate=1,
+            feature_sizes=self.inference.feature_sizes(size),
+        )
+        params = self.variables["params"]
+        _, frozen = steps.split(params, phase)
+        constants = {k: v for k, v in self.variables.items() if k != "params"}
+        batch = self.batch(batch_size, size, size)
+        return Program(
+            step,
+            (steps.init_state(params, phase, rules), frozen, constants),
+            {k: batch[k] for k in ("image", "label")},
+            donated=(0,),
+        )
+
+    def search_program(self, batch_size: int) -> Program:
+        """Projection's search."""
+        step = search.make_step(self.inference, search.of_own_class(self.owners), k=1)
+        table = search.empty(len(self.owners), 1, self.config.model.features)
+        return Program(step, (table, self.variables), self.evaluation_batch(batch_size))
+
+    def evaluation_program(self, batch_size: int, measured=(segmentation,)) -> Program:
+        """Evaluation, by default without overlap."""
+        context = measures.Context(self.experiment, self.inference, "validation")
+        made = [module.make(context) for module in measured]
+        parts = tuple((measure.step, measure.summed) for measure in made)
+        step = measures.make_step(self.inference, None, parts)
+        return Program(step, (self.variables,), self.evaluation_batch(batch_size))
+
+    def evaluation_batch(self, size: int) -> dict:
+        """A `batch` as search and evaluation see it."""
+        return self.batch(size, self.config.eval_size, self.label_size)
+
     def train(
         self, name: str, batch_size: int, repeats: int, **loss: float
     ) -> tuple[float, float, float]:
         """(seconds a step, bytes at the peak, FLOPs a step) of a phase; `loss` changes the
         config's."""
-        phase = next(p for p in self.experiment.phases if p.name == name)
-        loss = ml_collections.ConfigDict({**self.config.loss.to_dict(), **loss})
-        terms = losses.terms(loss, self.owners, self.classes)
-        rules = models.decay(self.config.model)
-        step = self.pool.map(
-            steps.make_step(
-                self.inference,
-                phase,
-                terms,
-                rules,
-                accumulate=1,
-                feature_sizes=self.inference.feature_sizes(tuple(self.config.crop_size)),
-            ),
-            donate_argnums=(0,),
-        )
-        params = self.variables["params"]
-        _, frozen = steps.split(params, phase)
-        constants = {k: v for k, v in self.variables.items() if k != "params"}
-        size = tuple(self.config.crop_size)
-        batch = self.batch(batch_size, size, size)
-        rest = (
-            self.pool.replicate(frozen),
-            self.pool.replicate(constants),
-            self.pool.shard({k: batch[k] for k in ("image", "label")}),
-        )
-        state = self.pool.replicate(steps.init_state(params, phase, rules))
-        compiled = step.lower(state, *rest).compile()
+        program = self.train_program(name, batch_size, **loss)
+        state, *rest = program.arguments(self.pool)
+        compiled = program.compile(self.pool, (state, *rest))
 
         def run(state):
             state, metrics = compiled(state, *rest)
@@ -128,31 +182,12 @@ class Case:
         seconds = timed_state(run, state, repeats)
         return seconds, peak(compiled), compiled.cost_analysis()["flops"]
 
-    def search(self, batch_size: int, repeats: int) -> tuple[float, float]:
-        """(images a second, bytes at the peak) of projection's search."""
-        step = search.make_step(self.inference, search.of_own_class(self.owners), k=1)
-        table = search.empty(len(self.owners), 1, self.config.model.features)
-        arguments = (
-            self.pool.replicate(table),
-            self.pool.replicate(self.variables),
-            self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),
-        )
-        compiled = self.pool.map(step).lower(*arguments).compile()
+    def infer(self, program: Program, repeats: int) -> tuple[float, float]:
+        """(images a second, bytes at the peak) of search or evaluation."""
+        arguments = program.arguments(self.pool)
+        compiled = program.compile(self.pool, arguments)
         seconds = timed(lambda: compiled(*arguments), repeats)
-        return batch_size / seconds, peak(compiled)
-
-    def evaluate(self, batch_size: int, repeats: int) -> tuple[float, float]:
-        """(images a second, bytes at the peak) of evaluation without overlap."""
-        context = measures.Context(self.experiment, self.inference, "validation")
-        scores = segmentation.make(context)
-        step = measures.make_step(self.inference, None, ((scores.step, scores.summed),))
-        arguments = (
-            self.pool.replicate(self.variables),
-            self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),
-        )
-        compiled = self.pool.map(step).lower(*arguments).compile()
-        seconds = timed(lambda: compiled(*arguments), repeats)
-        return batch_size / seconds, peak(compiled)
+        return len(program.batch["image"]) / seconds, peak(compiled)
 
 
 def timed(run: Callable, repeats: int) -> float:
@@ -218,8 +253,8 @@ def page(name: str, dtype: str, batch_size: int, repeats: int) -> list[str]:
         )
         print(lines[-1], file=sys.stderr, flush=True)
     size = min(batch_size, case.config.eval_batch_size)
-    found, searched = case.search(size, repeats)
-    scored, memory = case.evaluate(size, repeats)
+    found, searched = case.infer(case.search_program(size), repeats)
+    scored, memory = case.infer(case.evaluation_program(size), repeats)
     hours += (2 * projected / found + 6 * evaluated / scored) / 3600
     lines.append(
         f"| projection | {size} | {size / found:.3f} | {found:.2f} | {searched / 1e9:.2f} | | |"
