@@ -5,16 +5,18 @@
 
 For configs/pascal.py, cityscapes.py and isbi_em.py (whose feature map is as large as the image) on
 one device: a training step of each phase at the crop size, the joint one also without the diversity
-loss, projection's search and evaluation at the evaluation size; a step's FLOPs as XLA counts them,
-as a share of the device's measured matmul rate; the hours of the whole recipe that follow. At most
-a config's own batch. On a CPU: --batch=2 --steps=1 --dtypes=float32.
+loss; the bare forward pass to logits, projection's search and evaluation (without overlap) at the
+evaluation size, in turn; a step's FLOPs as XLA counts them, as a share of the device's measured
+matmul rate; the hours of the whole recipe that follow. At most a config's own batch. On a CPU:
+--batch=2 --steps=1 --dtypes=float32.
 """
 
 import argparse
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,8 @@ from protoseg_jax.training.start import settle
 
 # Config: classes, label size, images projected from and evaluated on.
 SETS = {
+    "demo": (6, (128, 128), 480, 80),
+    "camvid": (11, (360, 480), 367, 101),
     "pascal": (21, (375, 500), 1464, 1449),
     "cityscapes": (19, (1024, 2048), 2975, 500),
     "isbi_em": (2, (512, 512), 20, 10),
@@ -57,17 +61,19 @@ def matmul_rate(dtype: jnp.dtype, size: int) -> float:
 
 
 class Case:
-    """One config at one dtype on one device."""
+    """One config, its model changed by `model`, at one dtype on so many devices."""
 
-    def __init__(self, name: str, dtype: str):
-        self.classes, self.label_size, *_ = SETS[name]
+    def __init__(self, name: str, dtype: str, devices: int = 1, **model: Any):
+        self.classes, self.label_size, *_ = SETS[name.partition(":")[0]]
         self.config = configs.load(name)
         self.config.compute_dtype = dtype
+        self.config.model.update(model)
         if self.config.model.preprocessing == "data":
             self.config.model.mean, self.config.model.std = (127.5,) * 3, (74.0,) * 3
         settle(self.config)
-        self.owners = equal_blocks(10 * self.classes, self.classes)
-        self.pool = DevicePool(jax.local_devices()[:1])
+        prototypes = self.config.model.prototypes_per_class * self.classes
+        self.owners = equal_blocks(prototypes, self.classes)
+        self.pool = DevicePool(jax.local_devices()[:devices])
         labels = generic([f"class {c}" for c in range(self.classes)])
         self.experiment = Experiment(self.config, self.pool, labels)
         self.inference = self.experiment.inference(records.new(self.owners))
@@ -77,9 +83,13 @@ class Case:
         )
         self.rng = np.random.default_rng(0)
 
-    def batch(self, size: int, image: tuple[int, int], label: tuple[int, int]) -> dict:
-        """Made images, labels in blocks of one class."""
-        blocks = self.rng.integers(0, self.classes, (size, 8, 8)).astype(np.uint8)
+    def batch(
+        self, size: int, image: tuple[int, int], label: tuple[int, int], shown: int | None = None
+    ) -> dict:
+        """Made images, labels in blocks of one class; all classes, or `shown` of them an image."""
+        own = np.stack([self.rng.permutation(self.classes)[:shown] for _ in range(size)])
+        which = self.rng.integers(0, own.shape[1], (size, 64))
+        blocks = np.take_along_axis(own, which, 1).reshape(size, 8, 8).astype(np.uint8)
         rows, cols = (np.arange(n) * 8 // n for n in label)
         return {
             "image": self.rng.integers(0, 256, (size, *image, 3), dtype=np.uint8),
@@ -88,11 +98,9 @@ class Case:
             "index": np.arange(size, dtype=np.int32),
         }
 
-    def train(
-        self, name: str, batch_size: int, repeats: int, **loss: float
-    ) -> tuple[float, float, float]:
-        """(seconds a step, bytes at the peak, FLOPs a step) of a phase; `loss` changes the
-        config's."""
+    def step(self, name: str, batch: dict, **loss: float) -> tuple[Callable, Any, tuple]:
+        """A phase's compiled step on a batch, its first state and its other arguments; `loss`
+        changes the config's."""
         phase = next(p for p in self.experiment.phases if p.name == name)
         loss = ml_collections.ConfigDict({**self.config.loss.to_dict(), **loss})
         terms = losses.terms(loss, self.owners, self.classes)
@@ -111,15 +119,20 @@ class Case:
         params = self.variables["params"]
         _, frozen = steps.split(params, phase)
         constants = {k: v for k, v in self.variables.items() if k != "params"}
-        size = tuple(self.config.crop_size)
-        batch = self.batch(batch_size, size, size)
         rest = (
             self.pool.replicate(frozen),
             self.pool.replicate(constants),
             self.pool.shard({k: batch[k] for k in ("image", "label")}),
         )
         state = self.pool.replicate(steps.init_state(params, phase, rules))
-        compiled = step.lower(state, *rest).compile()
+        return step.lower(state, *rest).compile(), state, rest
+
+    def train(
+        self, name: str, batch_size: int, repeats: int, **loss: float
+    ) -> tuple[float, float, float]:
+        """(seconds a step, bytes at the peak, FLOPs a step) of a phase."""
+        size = tuple(self.config.crop_size)
+        compiled, state, rest = self.step(name, self.batch(batch_size, size, size), **loss)
 
         def run(state):
             state, metrics = compiled(state, *rest)
@@ -128,45 +141,52 @@ class Case:
         seconds = timed_state(run, state, repeats)
         return seconds, peak(compiled), compiled.cost_analysis()["flops"]
 
-    def search(self, batch_size: int, repeats: int) -> tuple[float, float]:
-        """(images a second, bytes at the peak) of projection's search."""
-        step = search.make_step(self.inference, search.of_own_class(self.owners), k=1)
-        table = search.empty(len(self.owners), 1, self.config.model.features)
-        arguments = (
-            self.pool.replicate(table),
+    def forward(self, batch: dict) -> tuple[Callable, tuple]:
+        """The compiled forward pass to logits and its arguments."""
+        return self._compiled(
+            lambda variables, images: self.inference(variables, images).logits,
             self.pool.replicate(self.variables),
-            self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),
+            self.pool.shard(batch["image"]),
         )
-        compiled = self.pool.map(step).lower(*arguments).compile()
-        seconds = timed(lambda: compiled(*arguments), repeats)
-        return batch_size / seconds, peak(compiled)
 
-    def evaluate(self, batch_size: int, repeats: int) -> tuple[float, float]:
-        """(images a second, bytes at the peak) of evaluation without overlap."""
+    def search(self, batch: dict) -> tuple[Callable, tuple]:
+        """Projection's search, likewise."""
+        return self._compiled(
+            search.make_step(self.inference, search.of_own_class(self.owners), k=1),
+            self.pool.replicate(search.empty(len(self.owners), 1, self.config.model.features)),
+            self.pool.replicate(self.variables),
+            self.pool.shard(batch),
+        )
+
+    def evaluate(self, batch: dict) -> tuple[Callable, tuple]:
+        """Evaluation without overlap, likewise."""
         context = measures.Context(self.experiment, self.inference, "validation")
         scores = segmentation.make(context)
-        step = measures.make_step(self.inference, None, ((scores.step, scores.summed),))
-        arguments = (
+        return self._compiled(
+            measures.make_step(self.inference, None, ((scores.step, scores.summed),)),
             self.pool.replicate(self.variables),
-            self.pool.shard(self.batch(batch_size, self.config.eval_size, self.label_size)),
+            self.pool.shard(batch),
         )
-        compiled = self.pool.map(step).lower(*arguments).compile()
-        seconds = timed(lambda: compiled(*arguments), repeats)
-        return batch_size / seconds, peak(compiled)
+
+    def _compiled(self, function: Callable, *arguments: Any) -> tuple[Callable, tuple]:
+        return self.pool.map(function).lower(*arguments).compile(), arguments
 
 
-def timed(run: Callable, repeats: int) -> float:
-    """Mean seconds of a call, after one that does not count."""
-    jax.block_until_ready(run())
-    start = time.monotonic()
-    for _ in range(repeats):
-        result = run()
-    jax.block_until_ready(result)
-    return (time.monotonic() - start) / repeats
+def timed_in_turn(runs: Sequence[Callable], repeats: int) -> list[float]:
+    """Median seconds of each call, one of each in turn, after one that does not count."""
+    seconds = []
+    for _ in range(repeats + 1):
+        row = []
+        for run in runs:
+            start = time.monotonic()
+            jax.block_until_ready(run())
+            row.append(time.monotonic() - start)
+        seconds.append(row)
+    return np.median(seconds[1:], axis=0).tolist()
 
 
 def timed_state(run: Callable, state, repeats: int) -> float:
-    """As `timed`, of a call that changes a state."""
+    """Mean seconds of a call that changes a state, after one that does not count."""
     state, loss = run(state)
     jax.block_until_ready(state)
     start = time.monotonic()
@@ -218,18 +238,28 @@ def page(name: str, dtype: str, batch_size: int, repeats: int) -> list[str]:
         )
         print(lines[-1], file=sys.stderr, flush=True)
     size = min(batch_size, case.config.eval_batch_size)
-    found, searched = case.search(size, repeats)
-    scored, memory = case.evaluate(size, repeats)
-    hours += (2 * projected / found + 6 * evaluated / scored) / 3600
-    lines.append(
-        f"| projection | {size} | {size / found:.3f} | {found:.2f} | {searched / 1e9:.2f} | | |"
-    )
-    lines.append(
-        f"| evaluation | {size} | {size / scored:.3f} | {scored:.2f} | {memory / 1e9:.2f} | | |"
-    )
-    print(*lines[-2:], sep="\n", file=sys.stderr, flush=True)
+    batch = case.batch(size, case.config.eval_size, case.label_size)
+    programs = {
+        "forward": case.forward(batch),
+        "projection": case.search(batch),
+        "evaluation": case.evaluate(batch),
+    }
+    taken = timed_in_turn([lambda p=p: p[0](*p[1]) for p in programs.values()], repeats)
+    seconds = dict(zip(programs, taken, strict=True))
+    for kind, (compiled, _) in programs.items():
+        lines.append(
+            f"| {kind} | {size} | {seconds[kind]:.3f} | {size / seconds[kind]:.2f} | "
+            f"{peak(compiled) / 1e9:.2f} | | |"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
+    ratios = [seconds[kind] / seconds["forward"] for kind in ("projection", "evaluation")]
+    passes = 2 * projected * seconds["projection"] + 6 * evaluated * seconds["evaluation"]
+    hours += passes / size / 3600
     return [
         *lines,
+        "",
+        f"Of a bare forward pass's time, in turn, projection takes {ratios[0]:.2f} and evaluation "
+        f"{ratios[1]:.2f}.",
         "",
         f"The whole recipe, batch {case.config.batch_size}, both searches and six evaluations: "
         f"{hours:,.1f} hours at this speed, validation inside phases and input not counted.",
