@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import authors, full_size, machine
 from protoseg_jax import models
+from protoseg_jax.devices import keep_compiled_programs
 from protoseg_jax.inference import shrink_labels
 from protoseg_jax.training import optimizer
 
@@ -125,6 +126,7 @@ def ours(task: Task, devices: int, diversity: float) -> tuple[Callable[[], float
 def serve(pipe: Any, side: str, *arguments: Any) -> None:
     """A side's process: send what the others need, then time a step whenever asked."""
     if side == OURS:
+        keep_compiled_programs()
         step, job = ours(*arguments)
     else:
         step, job = authors.make(*arguments), None
