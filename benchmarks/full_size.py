@@ -5,17 +5,20 @@
 
 For configs/pascal.py, cityscapes.py and isbi_em.py (whose feature map is as large as the image) on
 one device: a training step of each phase at the crop size, the joint one also without the diversity
-loss, projection's search and evaluation at the evaluation size; a step's FLOPs as XLA counts them,
-as a share of the device's measured matmul rate; the hours of the whole recipe that follow. At most
-a config's own batch. On a CPU: --batch=2 --steps=1 --dtypes=float32.
+loss; the bare forward pass to logits, projection's search and evaluation (without overlap) at the
+evaluation size, in turn; a step's FLOPs as XLA counts them, as a share of the device's measured
+matmul rate; the hours of the whole recipe that follow. At most a config's own batch. On a CPU:
+--batch=2 --steps=1 --dtypes=float32.
 """
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +40,8 @@ from protoseg_jax.training.start import settle
 
 # Config: classes, label size, images projected from and evaluated on.
 SETS = {
+    "demo": (6, (128, 128), 480, 80),
+    "camvid": (11, (360, 480), 367, 101),
     "pascal": (21, (375, 500), 1464, 1449),
     "cityscapes": (19, (1024, 2048), 2975, 500),
     "isbi_em": (2, (512, 512), 20, 10),
@@ -89,18 +94,20 @@ class Program:
 
 
 class Case:
-    """One config at one dtype on one device, with random weights, or zeros, which need no
-    compiling."""
+    """One config, its model changed by `model`, at one dtype on so many devices, with random
+    weights, or zeros, which need no compiling."""
 
-    def __init__(self, name: str, dtype: str, random: bool = True):
-        self.classes, self.label_size, *_ = SETS[name]
+    def __init__(self, name: str, dtype: str, devices: int = 1, random: bool = True, **model: Any):
+        self.classes, self.label_size, *_ = SETS[name.partition(":")[0]]
         self.config = configs.load(name)
         self.config.compute_dtype = dtype
+        self.config.model.update(model)
         if self.config.model.preprocessing == "data":
             self.config.model.mean, self.config.model.std = (127.5,) * 3, (74.0,) * 3
         settle(self.config)
-        self.owners = equal_blocks(10 * self.classes, self.classes)
-        self.pool = DevicePool(jax.local_devices()[:1])
+        prototypes = self.config.model.prototypes_per_class * self.classes
+        self.owners = equal_blocks(prototypes, self.classes)
+        self.pool = DevicePool(jax.local_devices()[:devices])
         labels = generic([f"class {c}" for c in range(self.classes)])
         self.experiment = Experiment(self.config, self.pool, labels)
         self.inference = self.experiment.inference(records.new(self.owners))
@@ -113,9 +120,13 @@ class Case:
             self.variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         self.rng = np.random.default_rng(0)
 
-    def batch(self, size: int, image: tuple[int, int], label: tuple[int, int]) -> dict:
-        """Made images, labels in blocks of one class."""
-        blocks = self.rng.integers(0, self.classes, (size, 8, 8)).astype(np.uint8)
+    def batch(
+        self, size: int, image: tuple[int, int], label: tuple[int, int], shown: int | None = None
+    ) -> dict:
+        """Made images, labels in blocks of one class; all classes, or `shown` of them an image."""
+        own = np.stack([self.rng.permutation(self.classes)[:shown] for _ in range(size)])
+        which = self.rng.integers(0, own.shape[1], (size, 64))
+        blocks = np.take_along_axis(own, which, 1).reshape(size, 8, 8).astype(np.uint8)
         rows, cols = (np.arange(n) * 8 // n for n in label)
         return {
             "image": self.rng.integers(0, 256, (size, *image, 3), dtype=np.uint8),
@@ -124,54 +135,61 @@ class Case:
             "index": np.arange(size, dtype=np.int32),
         }
 
-    def train_program(self, name: str, batch_size: int, **loss: float) -> Program:
+    def training_batch(self, size: int, shown: int | None = None) -> dict:
+        """A `batch` as a step sees it."""
+        batch = self.batch(size, *[tuple(self.config.crop_size)] * 2, shown)
+        return {k: batch[k] for k in ("image", "label")}
+
+    def evaluation_batch(self, size: int) -> dict:
+        """A `batch` as search and evaluation see it."""
+        return self.batch(size, self.config.eval_size, self.label_size)
+
+    def train_program(self, name: str, batch: dict, **loss: float) -> Program:
         """A phase's step; `loss` changes the config's."""
         phase = next(p for p in self.experiment.phases if p.name == name)
         loss = ml_collections.ConfigDict({**self.config.loss.to_dict(), **loss})
-        rules, size = models.decay(self.config.model), tuple(self.config.crop_size)
+        rules = models.decay(self.config.model)
         step = steps.make_step(
             self.inference,
             phase,
             losses.terms(loss, self.owners, self.classes),
             rules,
             accumulate=1,
-            feature_sizes=self.inference.feature_sizes(size),
+            feature_sizes=self.inference.feature_sizes(tuple(self.config.crop_size)),
         )
         params = self.variables["params"]
         _, frozen = steps.split(params, phase)
         constants = {k: v for k, v in self.variables.items() if k != "params"}
-        batch = self.batch(batch_size, size, size)
-        return Program(
-            step,
-            (steps.init_state(params, phase, rules), frozen, constants),
-            {k: batch[k] for k in ("image", "label")},
-            donated=(0,),
-        )
+        state = steps.init_state(params, phase, rules)
+        return Program(step, (state, frozen, constants), batch, donated=(0,))
 
-    def search_program(self, batch_size: int) -> Program:
+    def forward_program(self, batch: dict) -> Program:
+        """The bare forward pass to logits."""
+
+        def logits(variables, batch):
+            return self.inference(variables, batch["image"]).logits
+
+        return Program(logits, (self.variables,), batch)
+
+    def search_program(self, batch: dict) -> Program:
         """Projection's search."""
         step = search.make_step(self.inference, search.of_own_class(self.owners), k=1)
         table = search.empty(len(self.owners), 1, self.config.model.features)
-        return Program(step, (table, self.variables), self.evaluation_batch(batch_size))
+        return Program(step, (table, self.variables), batch)
 
-    def evaluation_program(self, batch_size: int, measured=(segmentation,)) -> Program:
+    def evaluation_program(self, batch: dict, measured=(segmentation,)) -> Program:
         """Evaluation, by default without overlap."""
         context = measures.Context(self.experiment, self.inference, "validation")
         made = [module.make(context) for module in measured]
         parts = tuple((measure.step, measure.summed) for measure in made)
         step = measures.make_step(self.inference, None, parts)
-        return Program(step, (self.variables,), self.evaluation_batch(batch_size))
-
-    def evaluation_batch(self, size: int) -> dict:
-        """A `batch` as search and evaluation see it."""
-        return self.batch(size, self.config.eval_size, self.label_size)
+        return Program(step, (self.variables,), batch)
 
     def train(
         self, name: str, batch_size: int, repeats: int, **loss: float
     ) -> tuple[float, float, float]:
-        """(seconds a step, bytes at the peak, FLOPs a step) of a phase; `loss` changes the
-        config's."""
-        program = self.train_program(name, batch_size, **loss)
+        """(seconds a step, bytes at the peak, FLOPs a step) of a phase."""
+        program = self.train_program(name, self.training_batch(batch_size), **loss)
         state, *rest = program.arguments(self.pool)
         compiled = program.compile(self.pool, (state, *rest))
 
@@ -182,26 +200,22 @@ class Case:
         seconds = timed_state(run, state, repeats)
         return seconds, peak(compiled), compiled.cost_analysis()["flops"]
 
-    def infer(self, program: Program, repeats: int) -> tuple[float, float]:
-        """(images a second, bytes at the peak) of search or evaluation."""
-        arguments = program.arguments(self.pool)
-        compiled = program.compile(self.pool, arguments)
-        seconds = timed(lambda: compiled(*arguments), repeats)
-        return len(program.batch["image"]) / seconds, peak(compiled)
 
-
-def timed(run: Callable, repeats: int) -> float:
-    """Mean seconds of a call, after one that does not count."""
-    jax.block_until_ready(run())
-    start = time.monotonic()
-    for _ in range(repeats):
-        result = run()
-    jax.block_until_ready(result)
-    return (time.monotonic() - start) / repeats
+def timed_in_turn(runs: Sequence[Callable], repeats: int) -> list[float]:
+    """Median seconds of each call, one of each in turn, after one that does not count."""
+    seconds = []
+    for _ in range(repeats + 1):
+        row = []
+        for run in runs:
+            start = time.monotonic()
+            jax.block_until_ready(run())
+            row.append(time.monotonic() - start)
+        seconds.append(row)
+    return np.median(seconds[1:], axis=0).tolist()
 
 
 def timed_state(run: Callable, state, repeats: int) -> float:
-    """As `timed`, of a call that changes a state."""
+    """Mean seconds of a call that changes a state, after one that does not count."""
     state, loss = run(state)
     jax.block_until_ready(state)
     start = time.monotonic()
@@ -253,18 +267,33 @@ def page(name: str, dtype: str, batch_size: int, repeats: int) -> list[str]:
         )
         print(lines[-1], file=sys.stderr, flush=True)
     size = min(batch_size, case.config.eval_batch_size)
-    found, searched = case.infer(case.search_program(size), repeats)
-    scored, memory = case.infer(case.evaluation_program(size), repeats)
-    hours += (2 * projected / found + 6 * evaluated / scored) / 3600
-    lines.append(
-        f"| projection | {size} | {size / found:.3f} | {found:.2f} | {searched / 1e9:.2f} | | |"
-    )
-    lines.append(
-        f"| evaluation | {size} | {size / scored:.3f} | {scored:.2f} | {memory / 1e9:.2f} | | |"
-    )
-    print(*lines[-2:], sep="\n", file=sys.stderr, flush=True)
+    batch = case.evaluation_batch(size)
+    programs = {
+        "forward": case.forward_program(batch),
+        "projection": case.search_program(batch),
+        "evaluation": case.evaluation_program(batch),
+    }
+    runs, memory = [], []
+    for program in programs.values():
+        given = program.arguments(case.pool)
+        compiled = program.compile(case.pool, given)
+        runs.append(functools.partial(compiled, *given))
+        memory.append(peak(compiled))
+    seconds = dict(zip(programs, timed_in_turn(runs, repeats), strict=True))
+    for kind, needed in zip(programs, memory, strict=True):
+        lines.append(
+            f"| {kind} | {size} | {seconds[kind]:.3f} | {size / seconds[kind]:.2f} | "
+            f"{needed / 1e9:.2f} | | |"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
+    ratios = [seconds[kind] / seconds["forward"] for kind in ("projection", "evaluation")]
+    passes = 2 * projected * seconds["projection"] + 6 * evaluated * seconds["evaluation"]
+    hours += passes / size / 3600
     return [
         *lines,
+        "",
+        f"Of a bare forward pass's time, in turn, projection takes {ratios[0]:.2f} and evaluation "
+        f"{ratios[1]:.2f}.",
         "",
         f"The whole recipe, batch {case.config.batch_size}, both searches and six evaluations: "
         f"{hours:,.1f} hours at this speed, validation inside phases and input not counted.",

@@ -243,12 +243,13 @@ def make(case: Case, name: str, devices: int) -> Program | None:
 
     if name in PHASES:
         steps = case.config.phases[name].steps
-        return case.train_program(name, shared(case.config.batch_size)) if steps else None
-    batch_size = shared(case.config.eval_batch_size)
+        batch = case.training_batch(shared(case.config.batch_size))
+        return case.train_program(name, batch) if steps else None
+    batch = case.evaluation_batch(shared(case.config.eval_batch_size))
     if name == "search":
-        return case.search_program(batch_size)
+        return case.search_program(batch)
     measured = (segmentation, overlap) if name == "overlap" else (segmentation,)
-    return case.evaluation_program(batch_size, measured)
+    return case.evaluation_program(batch, measured)
 
 
 def section(name: str, arguments: argparse.Namespace, pools: dict[int, DevicePool]) -> list[str]:
