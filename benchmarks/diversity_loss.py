@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import machine
 from protoseg_jax.data.labels import VOID
+from protoseg_jax.devices import cores
 from protoseg_jax.losses import diversity
 
 SHAPES = {  # (images, height, width, classes, prototypes per class)
@@ -155,7 +156,7 @@ def main() -> None:
     except ImportError:
         print("the comparison needs PyTorch: pip install torch", file=sys.stderr)
         sys.exit(2)
-    torch.set_num_threads(machine.cores())
+    torch.set_num_threads(cores())
 
     lines = [
         "# The diversity loss, forward and backward",

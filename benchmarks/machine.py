@@ -1,11 +1,12 @@
 """What a benchmark ran on, in words; its page."""
 
 import datetime
-import os
 import pathlib
 import platform
 
 import jax
+
+from protoseg_jax import devices
 
 
 def cpu() -> str:
@@ -16,11 +17,6 @@ def cpu() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def report(lines: list[str], out: pathlib.Path | None) -> None:
@@ -34,10 +30,10 @@ def report(lines: list[str], out: pathlib.Path | None) -> None:
 
 def describe() -> str:
     """Date, processor and cores, accelerator if there is one, and versions: one sentence each."""
-    devices = jax.local_devices()
-    on_cpu = devices[0].platform == "cpu"
-    accelerator = "" if on_cpu else f" {len(devices)} × {devices[0].device_kind}."
-    count = f"{cores()} core{'s' if cores() > 1 else ''}"
+    local = jax.local_devices()
+    on_cpu = local[0].platform == "cpu"
+    accelerator = "" if on_cpu else f" {len(local)} × {local[0].device_kind}."
+    count = f"{devices.cores()} core{'s' if devices.cores() > 1 else ''}"
     return (
         f"{datetime.date.today()}. CPU: {cpu()}, {count}.{accelerator} "
         f"JAX {jax.__version__}, Python {platform.python_version()}."

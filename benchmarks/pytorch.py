@@ -13,7 +13,6 @@ does not count, whose losses must agree, a round is one step of each. Ours split
 import argparse
 import dataclasses
 import multiprocessing
-import os
 import pathlib
 import sys
 import time
@@ -26,7 +25,7 @@ import torch
 
 from benchmarks import authors, full_size, machine
 from protoseg_jax import models
-from protoseg_jax.devices import keep_compiled_programs
+from protoseg_jax.devices import cores, keep_compiled_programs, split_cpu
 from protoseg_jax.inference import shrink_labels
 from protoseg_jax.training import optimizer
 
@@ -164,7 +163,7 @@ class Side:
 def measure(task: Task, rounds: int, devices: int, diversity: float) -> tuple[str, bool]:
     """The row of a task, and whether the first losses agree."""
     first = Side(OURS, task, devices, diversity)
-    sides = [first, *(Side(x, first.job, x, machine.cores()) for x in LAYOUTS)]
+    sides = [first, *(Side(x, first.job, x, cores()) for x in LAYOUTS)]
     losses = np.array([side.step()[1] for side in sides])
     taken = np.array([[side.step() for side in sides] for _ in range(rounds)])
     for side in sides:
@@ -182,13 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(TASKS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--devices", type=int, default=machine.cores())
+    parser.add_argument("--devices", type=int, default=cores())
     parser.add_argument("--diversity", type=float, default=0.25, help="λ_J; 0: both without")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     names = arguments.cases.split(",")
-    flag = f"--xla_force_host_platform_device_count={arguments.devices}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()  # of the sides
+    split_cpu(arguments.devices)  # of the sides
     rows, wrong = [], []
     for name in names:
         row, agree = measure(TASKS[name], arguments.rounds, arguments.devices, arguments.diversity)
@@ -200,7 +198,7 @@ def main() -> None:
         "",
         f"`python -m benchmarks.pytorch --cases={arguments.cases} --rounds={arguments.rounds} "
         f"--devices={arguments.devices} --diversity={arguments.diversity:g}`, "
-        f"{machine.describe()} PyTorch {torch.__version__}, {machine.cores()} threads.",
+        f"{machine.describe()} PyTorch {torch.__version__}, {cores()} threads.",
         "",
         "Seconds of a joint step, or of a forward pass, made images, random weights, float32: the "
         f"least of {arguments.rounds}, the median. Ratios: ours over the better of PyTorch's. "

@@ -9,7 +9,9 @@ import collections
 import hashlib
 import itertools
 import os
+import pathlib
 import platform
+import re
 import sys
 import tempfile
 import traceback
@@ -26,6 +28,8 @@ AXIS = "devices"
 _PEER_TIMEOUT = 30  # seconds without a sign of life after which a peer counts as dead
 _COMPILED_BYTES = 2 << 30  # of compiled programs that are kept
 _JOIN_TIMEOUT = 120  # seconds to wait for all processes at the start
+_PROCESSES = [f"JAX_{n}" for n in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
+_CPU_DEVICES = "--xla_force_host_platform_device_count"
 
 
 def start_processes() -> None:
@@ -39,12 +43,9 @@ def start_processes() -> None:
     Raises:
       UserError: the variables are incomplete or wrong, or the others cannot be reached.
     """
-    environment = os.environ
-    named = [f"JAX_{n}" for n in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
+    environment, named = os.environ, _PROCESSES
     given = [n for n in named if environment.get(n)]
-    detected = int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-    detected |= "OMPI_MCA_orte_hnp_uri" in environment
-    if not given and not detected:
+    if not _several_processes():
         return
     if given and len(given) < len(named):
         missing = ", ".join(n for n in named if n not in given)
@@ -72,6 +73,59 @@ def start_processes() -> None:
             f"the processes of this run did not find each other ({reason(error)}); see that all "
             "were started, with the same coordinator address and each with its own number"
         ) from error
+
+
+def _several_processes() -> bool:
+    """Whether the environment says that this is one process of several."""
+    several = any(os.environ.get(n) for n in _PROCESSES)
+    several |= int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    return several or "OMPI_MCA_orte_hnp_uri" in os.environ
+
+
+def cores() -> int:
+    """CPU cores that this process may use, by its affinity and by its control group's quota."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        pass
+    return count
+
+
+def split_cpu(
+    wanted: int | None = None,
+    *,
+    before: int | None = None,
+    batch_size: int = 0,
+    accumulate: int = 1,
+) -> None:
+    """Make a CPU so many devices, before JAX starts; GPUs are as many as there are.
+
+    XLA spreads a convolution over cores, but not what is between two, so that one device leaves
+    cores idle. How many: what is wanted; else what XLA_FLAGS says; else as before; else one a core,
+    as far as a batch divides. Of several processes each brings one.
+
+    Args:
+      wanted: how many.
+      before: how many a run had that goes on; with another number it ends a rounding error away
+        from where it would have ended.
+      batch_size, accumulate: what must divide, see `DevicePool.check_batch`; 0 for nothing.
+
+    Raises:
+      UserError: `wanted` is below 1.
+    """
+    if wanted is not None and wanted < 1:
+        raise UserError(f"--devices={wanted} must be at least 1")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if wanted is None:
+        if _CPU_DEVICES in flags or _several_processes():
+            return
+        parts = range(cores(), 0, -1)
+        most = next((n for n in parts if batch_size % (n * max(accumulate, 1)) == 0), 1)
+        wanted = before or most
+    others = re.sub(rf"{_CPU_DEVICES}=\S*", "", flags).strip()
+    os.environ["XLA_FLAGS"] = f"{others} {_CPU_DEVICES}={wanted}".strip()
 
 
 def keep_compiled_programs() -> None:

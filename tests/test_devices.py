@@ -1,8 +1,13 @@
-"""Compiled programs are kept, and the second start reads them."""
+"""A CPU is split; compiled programs are kept, and the second start reads them."""
 
 import os
 import subprocess
 import sys
+
+import pytest
+
+from protoseg_jax import devices
+from protoseg_jax.errors import UserError
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -45,3 +50,58 @@ def test_the_user_s_own_folder_is_respected(tmp_path):
 def test_a_folder_that_cannot_be_written_is_no_bother(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert start(XDG_CACHE_HOME=tmp_path / "file") == 0
+
+
+FLAG = "--xla_force_host_platform_device_count"
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "arguments", "expected"),
+    [
+        (4, "", {}, f"{FLAG}=4"),
+        (4, "", {"batch_size": 10}, f"{FLAG}=2"),
+        (4, "", {"batch_size": 8, "accumulate": 4}, f"{FLAG}=2"),
+        (4, "", {"batch_size": 7}, f"{FLAG}=1"),
+        (4, "--xla_dump_to=x", {"batch_size": 8}, f"--xla_dump_to=x {FLAG}=4"),
+        (4, "", {"before": 1, "batch_size": 8}, f"{FLAG}=1"),
+        (4, "", {"wanted": 8, "before": 1}, f"{FLAG}=8"),
+        (4, f"{FLAG}=3 --xla_dump_to=x", {"before": 1}, f"{FLAG}=3 --xla_dump_to=x"),
+        (4, f"{FLAG}=3 --xla_dump_to=x", {"wanted": 2}, f"--xla_dump_to=x {FLAG}=2"),
+    ],
+)
+def test_a_cpu_is_split_over_its_cores(monkeypatch, cores, given, arguments, expected):
+    """As the user wants, as XLA_FLAGS says, as before, or as far as the batch divides."""
+    monkeypatch.setattr(devices, "cores", lambda: cores)
+    monkeypatch.setenv("XLA_FLAGS", given)
+    devices.split_cpu(**arguments)
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_processes_bring_one_device_each(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    devices.split_cpu(batch_size=8)
+    assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_no_devices_are_refused():
+    with pytest.raises(UserError, match="--devices=0 must be at least 1"):
+        devices.split_cpu(0)
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 4)]
+)
+def test_cores_are_those_of_affinity_and_quota(monkeypatch, quota, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3, 7})
+    monkeypatch.setattr(devices.pathlib.Path, "read_text", lambda _: quota)
+    assert devices.cores() == expected
+
+
+def test_jax_starts_with_as_many():
+    program = (
+        "from protoseg_jax import devices; devices.split_cpu(3); import jax;"
+        "print(jax.local_device_count())"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "3\n"

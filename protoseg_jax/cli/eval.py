@@ -15,6 +15,7 @@ _PREDICTIONS = flags.DEFINE_string("predictions", None, "Folder to write label P
 _INTERPRETABILITY = flags.DEFINE_bool("interpretability", False, "Measure the explanations too.")
 _MEASURES = flags.DEFINE_list("measures", [], "Which; default: those of the run's config.")
 _FLIPS = flags.DEFINE_bool("flips", False, "Average class probabilities over mirror images.")
+_DEVICES = flags.DEFINE_integer("devices", None, "Parts a CPU is split into; default: its cores.")
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     from protoseg_jax import devices
     from protoseg_jax.evaluation import score
 
+    devices.split_cpu(_DEVICES.value)
     devices.keep_compiled_programs()
     score.score_run(
         _WORKDIR.value,

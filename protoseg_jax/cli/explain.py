@@ -18,6 +18,7 @@ _COMPARE = flags.DEFINE_string("compare", None, "A second run, beside the first 
 _REMOVE = flags.DEFINE_list("remove", [], "Prototypes that a new run is to be without.")
 _TO = flags.DEFINE_string("to", None, "The new run's folder.")
 _FORCE = flags.DEFINE_bool("force", False, "Remove a class's last prototype, too.")
+_DEVICES = flags.DEFINE_integer("devices", None, "Parts a CPU is split into; default: its cores.")
 
 
 def main() -> None:
@@ -29,7 +30,10 @@ def main() -> None:
         raise UserError("--compare=DIR2 is for figures; add --figures=fig2,fig5,…")
 
     from protoseg_jax import devices
+    from protoseg_jax.run.workdir import Workdir
 
+    before = Workdir(_WORKDIR.value).cpu_devices() if _REMOVE.value else None  # it trains
+    devices.split_cpu(_DEVICES.value, before=before)
     devices.keep_compiled_programs()
     where = _WORKDIR.value, _SPLIT.value, _IMAGES.value, _OUT.value
     if _REMOVE.value:

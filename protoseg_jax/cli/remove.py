@@ -13,6 +13,9 @@ ARGUMENTS = ("ID …",)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _TO = flags.DEFINE_string("to", None, "The new run's folder.")
 _FORCE = flags.DEFINE_bool("force", False, "Remove a class's last prototype, too.")
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "Parts a CPU is split into; default: as the old run."
+)
 
 
 def main(*ids: str) -> None:
@@ -20,7 +23,9 @@ def main(*ids: str) -> None:
         raise UserError("--workdir=DIR and --to=NEWDIR go together; give both")
 
     from protoseg_jax import devices
+    from protoseg_jax.run.workdir import Workdir
     from protoseg_jax.training import removal
 
+    devices.split_cpu(_DEVICES.value, before=Workdir(_WORKDIR.value).cpu_devices())
     devices.keep_compiled_programs()
     removal.remove(_WORKDIR.value, ids, _TO.value, force=_FORCE.value)

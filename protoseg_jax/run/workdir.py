@@ -163,6 +163,13 @@ class Workdir:
                 "use another --workdir, or the config it was started with"
             )
 
+    def cpu_devices(self) -> int | None:
+        """How many devices a CPU was split into when the run last went on; None without a run, on
+        a GPU, and of a run of several processes."""
+        made_on = read_json(self.path / "manifest.json", {}).get("devices", {})
+        alone = made_on.get("platform") == "cpu" and made_on.get("processes", 1) == 1
+        return made_on.get("local_devices") if alone else None
+
     def config(self) -> ml_collections.ConfigDict:
         """The run's config, with every key."""
         return configs.complete(read_json(self.path / "config.json"))
