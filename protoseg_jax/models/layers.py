@@ -167,15 +167,53 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
-        size = math.gcd(16, c)
-        scale = self.param("scale", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
-        groups = x.astype(jnp.float32).reshape(b, h, w, c // size, size)
-        mean = groups.mean((1, 2, 4), keepdims=True)
-        var = jnp.square(groups - mean).mean((1, 2, 4), keepdims=True)
-        normal = ((groups - mean) * (var + 1e-5) ** -0.5).reshape(x.shape)
-        return (normal * scale + bias).astype(self.dtype)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return group_norm(x.astype(jnp.float32), scale, bias).astype(self.dtype)
+
+
+@jax.custom_vjp
+def group_norm(
+    x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"]
+) -> Float[Array, "b h w c"]:
+    """(x − μ) / √(σ² + ε) · scale + bias, μ and σ² over a group's channels and all points.
+
+    It and its gradient are x or the output's gradient times a number of each image and channel,
+    plus another: one pass over the map each, after that for the sums. Left to JAX it takes three
+    times as long on a CPU, a third of the demo's step.
+    """
+    return _group_norm_fwd(x, scale, bias)[0]
+
+
+def _sums(x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
+    """Over all points; one axis after the other, which a CPU adds up faster than both at once."""
+    return x.sum(1).sum(1)[:, None, None]
+
+
+def _group_means(sums: Float[Array, "b 1 1 c"], points: int) -> Float[Array, "b 1 1 c"]:
+    """Each channel's mean over its group, of sums over so many points."""
+    (b, *_, c), size = sums.shape, math.gcd(16, sums.shape[3])
+    own = sums.reshape(b, 1, 1, c // size, size).mean(4)
+    return jnp.repeat(own, size, 3) / points
+
+
+def _group_norm_fwd(x, scale, bias):
+    points = x.shape[1] * x.shape[2]
+    mean = _group_means(_sums(x), points)
+    factor = (_group_means(_sums(jnp.square(x - mean)), points) + 1e-5) ** -0.5
+    return x * (factor * scale) + (bias - mean * factor * scale), (x, mean, factor, scale)
+
+
+def _group_norm_bwd(kept, g):
+    x, mean, factor, scale = kept
+    points = x.shape[1] * x.shape[2]
+    dscale, dbias = factor * _sums(g * (x - mean)), _sums(g)  # of each image
+    slope = factor**2 * _group_means(scale * dscale, points)
+    shift = mean * slope - factor * _group_means(scale * dbias, points)
+    return g * (factor * scale) - x * slope + shift, dscale.sum((0, 1, 2)), dbias.sum((0, 1, 2))
+
+
+group_norm.defvjp(_group_norm_fwd, _group_norm_bwd)
 
 
 def resize(

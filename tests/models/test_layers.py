@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from protoseg_jax.models import layers
 from protoseg_jax.models.deeplab import ASPP
-from protoseg_jax.models.layers import Conv, GroupNorm, ceil_pool, convolve, halved
+from protoseg_jax.models.layers import Conv, GroupNorm, ceil_pool, convolve, group_norm, halved
 from protoseg_jax.models.resnet import Bottleneck, FrozenBatchNorm
 
 
@@ -161,6 +161,24 @@ def test_group_norm_is_the_literal_one():
             expected = (group - group.mean()) / np.sqrt(group.var() + 1e-5)
             expected = expected * params["scale"][own] + 1
             np.testing.assert_allclose(got[image, :, :, own], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_group_norm():
+    """Against JAX's, of the literal formula, with a mean far from 0."""
+
+    def literal(x, scale, bias):
+        groups = x.reshape(2, 4, 5, 3, 16)
+        groups = groups - groups.mean((1, 2, 4), keepdims=True)
+        deviation = jnp.sqrt(jnp.square(groups).mean((1, 2, 4), keepdims=True) + 1e-5)
+        return (groups / deviation).reshape(x.shape) * scale + bias
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(5, 2, (2, 4, 5, 48)).astype(np.float32)
+    scale, bias = rng.normal(size=(2, 48)).astype(np.float32)
+    pairs = [jax.vjp(f, x, scale, bias) for f in (group_norm, literal)]
+    g = rng.normal(size=x.shape).astype(np.float32)
+    for got, expected in zip(*(pull(g) for _, pull in pairs), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 class Convolved(nn.Module):
