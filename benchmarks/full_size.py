@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from benchmarks import machine
+from benchmarks import flops, machine
 from protoseg_jax import config as configs
 from protoseg_jax import losses, models
 from protoseg_jax.data.labels import generic
@@ -70,6 +70,10 @@ class Program:
     replicated: tuple  # arguments that every device has a copy of
     batch: dict[str, np.ndarray]
     donated: tuple[int, ...] = ()
+
+    def given(self) -> tuple:
+        """As one device gets them."""
+        return *self.replicated, self.batch
 
     def arguments(self, pool: DevicePool) -> tuple:
         """On the devices."""
@@ -198,7 +202,7 @@ class Case:
             return state, metrics["loss"]
 
         seconds = timed_state(run, state, repeats)
-        return seconds, peak(compiled), compiled.cost_analysis()["flops"]
+        return seconds, peak(compiled), flops.flops(program.function, *program.given())
 
 
 def timed_in_turn(runs: Sequence[Callable], repeats: int) -> list[float]:

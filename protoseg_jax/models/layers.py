@@ -29,10 +29,10 @@ def convolve(
     it, whose kernel is a whole map; where the forward convolution is dilated, its windows have a
     stride, and nothing turns that back into the filter gradient that cuDNN has: a GPU would run a
     65×65 convolution. On a CPU it is slow whatever the shape. So it is a sum of matmuls: on a CPU
-    over strips of rows, elsewhere, where dilated, over the kernel's taps. Products are summed in
-    float32, the kernel's dtype.
+    over strips of rows, elsewhere, where dilated, over the kernel's taps; summed in float32, as
+    which it is returned.
 
-    What is not differentiated, images or a frozen kernel, costs nothing.
+    The kernel is float32. What is not differentiated, images or a frozen kernel, costs nothing.
     """
     return _forward(x, kernel, stride, dilation)
 
@@ -71,7 +71,6 @@ def _convolve_bwd(stride, dilation, kept, g):
         how = {"size": size, "stride": stride, "dilation": dilation}
         forms = [functools.partial(form, **how) for form in (on_cpu, elsewhere)]
         dkernel = jax.lax.platform_dependent(x, g, cpu=forms[0], default=forms[1])
-        dkernel = dkernel.astype(kernel.dtype)
     return dx, dkernel
 
 
@@ -80,7 +79,7 @@ convolve.defvjp(_convolve_fwd, _convolve_bwd, symbolic_zeros=True)
 
 def _by_transposition(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
     """The kernel's gradient as XLA makes it."""
-    kernel = jnp.zeros((size, size, x.shape[3], g.shape[3]), x.dtype)
+    kernel = jnp.zeros((size, size, x.shape[3], g.shape[3]))
     return jax.linear_transpose(lambda k: _forward(x, k, stride, dilation), kernel)(g)[0]
 
 

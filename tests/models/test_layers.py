@@ -119,7 +119,7 @@ def test_a_convolution_differentiates_what_is_asked_for_alone():
 
 
 def test_a_kernels_gradient_is_summed_in_float32():
-    """A thousand ones and a half are 1000.5, which bfloat16 does not have."""
+    """Two thousand ones and a half are 2000.5, which bfloat16 does not have."""
     x = jnp.ones((1, 23, 87, 1), jnp.bfloat16).at[0, 0, 0].set(0.5)
     got = jax.grad(lambda k: convolve(x, k).astype(jnp.float32).sum())(jnp.ones((1, 1, 1, 1)))
     assert got.dtype == jnp.float32 and float(got[0, 0, 0, 0]) == 2000.5
