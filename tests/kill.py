@@ -61,8 +61,8 @@ def command(data: pathlib.Path, cache: pathlib.Path, workdir: pathlib.Path) -> l
 
 
 def environment(scratch: pathlib.Path) -> dict[str, str]:
-    """One CPU device, and compiled programs kept (where tests keep theirs, if they do), so that a
-    restart costs seconds."""
+    """As many CPU devices as users have, and compiled programs kept (where tests keep theirs, if
+    they do), so that a restart costs seconds."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
         **os.environ,

@@ -1,5 +1,6 @@
 """Runs killed at random moments end bit-identical; SIGTERM and Ctrl-C save first."""
 
+import json
 import random
 import shutil
 import signal
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from protoseg_jax import devices
 from tests import kill
 
 pytestmark = pytest.mark.slow
@@ -59,3 +61,19 @@ def test_a_folder_that_disappears_in_the_middle_of_an_epoch(reference, tmp_path,
     else:
         assert running.returncode == 0, errors
     assert kill.differences(kill.results(tmp_path / "work"), expected) == []
+
+
+def test_a_run_that_goes_on_keeps_its_devices(reference, tmp_path):
+    """A CPU is split by its cores and the batch, or as --devices says; the manifest knows."""
+    scratch, *_ = reference
+
+    def local_devices(workdir):
+        return json.loads((workdir / "manifest.json").read_text())["devices"]["local_devices"]
+
+    assert local_devices(scratch / "reference") == min(devices.cores(), 2)
+    line = kill.command(scratch / "data", scratch / "cache", tmp_path / "work")
+    for extra in (["--devices=1"], []):
+        subprocess.run(
+            [*line, *extra], env=kill.environment(scratch), check=True, capture_output=True
+        )
+        assert local_devices(tmp_path / "work") == 1
