@@ -26,11 +26,11 @@ def convolve(
     """Cross-correlation, zero-padded by dilation · (k−1)/2 on each side, in the dtype of x.
 
     The gradient with respect to x is XLA's, that of the kernel our own. XLA makes a convolution of
-    it, whose kernel is a whole map; where the forward convolution is dilated, its windows have a
-    stride, and nothing turns that back into the filter gradient that cuDNN has: a GPU would run a
-    65×65 convolution. On a CPU it is slow whatever the shape. So it is a sum of matmuls: on a CPU
-    over strips of rows, elsewhere, where dilated, over the kernel's taps; summed in float32, as
-    which it is returned.
+    it, whose kernel is a whole map. On a CPU that is slow; a sum of matmuls over strips of rows is
+    not. Elsewhere, where the forward convolution is dilated, that convolution's windows would have
+    a stride, and nothing turns it back into the filter gradient that cuDNN has: a GPU would run a
+    65×65 convolution. So points of one phase (their place modulo the dilation), which alone see
+    each other, become an image of their own, and the gradient one of an undilated convolution.
 
     The kernel is float32. What is not differentiated, images or a frozen kernel, costs nothing.
     """
@@ -66,8 +66,8 @@ def _convolve_bwd(stride, dilation, kept, g):
         (dx,) = jax.linear_transpose(lambda x: _forward(x, kernel, stride, dilation), x)(g)
     if wanted[1] is not None:
         size = kernel.shape[0]
-        on_cpu = _by_strips if size > 1 else _by_taps
-        elsewhere = _by_taps if dilation > 1 else _by_transposition
+        on_cpu = _by_strips if size > 1 else _by_matmul
+        elsewhere = _by_phases if dilation > 1 and stride == 1 else _by_transposition
         how = {"size": size, "stride": stride, "dilation": dilation}
         forms = [functools.partial(form, **how) for form in (on_cpu, elsewhere)]
         dkernel = jax.lax.platform_dependent(x, g, cpu=forms[0], default=forms[1])
@@ -83,15 +83,37 @@ def _by_transposition(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"
     return jax.linear_transpose(lambda k: _forward(x, k, stride, dilation), kernel)(g)[0]
 
 
-def _by_taps(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
-    """The kernel's gradient as one matmul a tap, over x as the tap sees it."""
-    pad, (rows, cols) = dilation * (size - 1) // 2, g.shape[1:3]
-    x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-    taps = [
-        jnp.einsum("bhwi,bhwo->io", tap, g, preferred_element_type=jnp.float32)
-        for tap in _taps(x, rows, cols, size, stride, dilation)
-    ]
-    return jnp.stack(taps).reshape(size, size, x.shape[3], g.shape[3])
+def _by_phases(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
+    """The kernel's gradient as that of an undilated convolution over dilation² times the images."""
+    assert stride == 1
+    pad, around = dilation * (size - 1) // 2, size - 1
+    cells = [-(-n // dilation) for n in g.shape[1:3]]  # of each phase
+
+    def phases(y, before: int, more: int):
+        sizes = [n + more for n in cells]
+        after = [n * dilation - before - m for n, m in zip(sizes, y.shape[1:3], strict=True)]
+        y = jnp.pad(y, [(0, 0), *((before, n) for n in after), (0, 0)])
+        y = y.reshape(len(y), sizes[0], dilation, sizes[1], dilation, -1)
+        return y.transpose(2, 4, 0, 1, 3, 5).reshape(-1, *sizes, y.shape[5])
+
+    # Else XLA may make the phases of x where it makes x, and keep them until the backward pass.
+    x, g = jax.lax.optimization_barrier((x, g))
+    kernel = jnp.zeros((size, size, x.shape[3], g.shape[3]), x.dtype)
+    images, numbers = phases(x, pad, around), ("NHWC", "HWIO", "NHWC")
+
+    def forward(kernel):
+        return jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "VALID", dimension_numbers=numbers
+        )
+
+    return jax.linear_transpose(forward, kernel)(phases(g, 0, 0))[0].astype(jnp.float32)
+
+
+def _by_matmul(x, g, *, size, stride, dilation) -> Float[Array, "1 1 i o"]:
+    """The gradient of a 1×1 kernel."""
+    assert size == 1
+    seen = x[:, ::stride, ::stride]
+    return jnp.einsum("bhwi,bhwo->io", seen, g, preferred_element_type=jnp.float32)[None, None]
 
 
 def _by_strips(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:

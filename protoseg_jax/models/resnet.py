@@ -65,7 +65,7 @@ class FrozenBatchNorm(nn.Module):
         shape = (conv.channels,)
         scale = self.variable("frozen", "scale", jnp.ones, shape, jnp.float32).value
         bias = self.variable("frozen", "bias", jnp.zeros, shape, jnp.float32).value
-        return (conv(x, scale) + bias).astype(self.dtype)
+        return conv(x, scale) + bias.astype(self.dtype)
 
 
 NORMS = {"frozen_batch": FrozenBatchNorm, "group": GroupNorm}
