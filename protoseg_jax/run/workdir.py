@@ -165,8 +165,11 @@ class Workdir:
 
     def cpu_devices(self) -> int | None:
         """How many devices a CPU was split into when the run last went on; None without a run, on
-        a GPU, and of a run of several processes."""
-        made_on = read_json(self.path / "manifest.json", {}).get("devices", {})
+        a GPU, of a run of several processes, and where the manifest cannot be read."""
+        try:
+            made_on = read_json(self.path / "manifest.json", {}).get("devices", {})
+        except (OSError, ValueError):
+            return None
         alone = made_on.get("platform") == "cpu" and made_on.get("processes", 1) == 1
         return made_on.get("local_devices") if alone else None
 
