@@ -66,10 +66,9 @@ def _convolve_bwd(stride, dilation, kept, g):
         (dx,) = jax.linear_transpose(lambda x: _forward(x, kernel, stride, dilation), x)(g)
     if wanted[1] is not None:
         size = kernel.shape[0]
-        on_cpu = _by_strips if size > 1 else _by_matmul
         elsewhere = _by_phases if dilation > 1 and stride == 1 else _by_transposition
         how = {"size": size, "stride": stride, "dilation": dilation}
-        forms = [functools.partial(form, **how) for form in (on_cpu, elsewhere)]
+        forms = [functools.partial(form, **how) for form in (_by_strips, elsewhere)]
         dkernel = jax.lax.platform_dependent(x, g, cpu=forms[0], default=forms[1])
     return dx, dkernel
 
@@ -109,18 +108,13 @@ def _by_phases(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
     return jax.linear_transpose(forward, kernel)(phases(g, 0, 0))[0].astype(jnp.float32)
 
 
-def _by_matmul(x, g, *, size, stride, dilation) -> Float[Array, "1 1 i o"]:
-    """The gradient of a 1×1 kernel."""
-    assert size == 1
-    seen = x[:, ::stride, ::stride]
-    return jnp.einsum("bhwi,bhwo->io", seen, g, preferred_element_type=jnp.float32)[None, None]
-
-
 def _by_strips(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
     """The kernel's gradient as one matmul a strip of rows, over what all taps see, side by side.
 
     A strip has as many points as keep these k² copies of x in the cache, but, since the sum is read
-    and written for each strip, at least four times as many as x has channels.
+    and written for each strip, at least four times as many as x has channels. One matmul of a whole
+    map, for a 1×1 kernel, is no better: XLA transposes x for it, and to do so computes x anew, in a
+    ResNet the sums of all blocks before.
     """
     (b, height, _, channels), (_, rows, cols, out) = x.shape, g.shape
     pad, columns = dilation * (size - 1) // 2, size * size * channels

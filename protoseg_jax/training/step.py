@@ -91,6 +91,9 @@ def make_step(
     def step(state: TrainState, frozen, constants, batch):
         labels = [shrink_labels(batch["label"], None, size) for size in feature_sizes]
         counts = [denominators(own) for own in labels]
+        # The sum over devices comes first: on a CPU it keeps a thread until the other devices are
+        # there too, which may be in the middle of their forward pass.
+        images, counts = jax.lax.optimization_barrier((batch["image"], counts))
         gradient = jax.value_and_grad(loss, has_aux=True)
 
         def micro_step(images, labels):
@@ -100,10 +103,10 @@ def make_step(
             return grads, values
 
         if accumulate == 1:
-            grads, values = micro_step(batch["image"], labels)
+            grads, values = micro_step(images, labels)
         else:
             micro = jax.tree.map(
-                lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch["image"], labels)
+                lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (images, labels)
             )
             sums = jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], micro))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)

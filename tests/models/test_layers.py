@@ -105,7 +105,6 @@ def test_every_form_of_a_kernels_gradient_is_the_literal_one(
     expected = literal_kernel_gradient(x, g, k, stride, dilation)
     how = {"size": k, "stride": stride, "dilation": dilation}
     forms = [layers._by_strips, layers._by_transposition]
-    forms += [layers._by_matmul] if k == 1 else []
     forms += [layers._by_phases] if stride == 1 else []
     for got in (*pull(g), *(form(x, g, **how) for form in forms)):
         assert got.shape == kernel.shape
