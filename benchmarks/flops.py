@@ -38,18 +38,25 @@ def config() -> ml_collections.ConfigDict:
     return c
 
 
-def flops(function: Callable, *arguments: Any) -> float:
-    """Of what a GPU would be given of a function of one device, of arrays or their shapes.
+def for_gpu(function: Callable, *arguments: Any) -> jax.stages.Lowered:
+    """What a GPU would be given of a function that one device runs, of arrays or their shapes.
 
-    Of a CPU's program XLA counts too few: the gradients of kernels are loops there, whose body it
-    counts once.
+    `DevicePool.map`'s pmap lowers for devices that are there only.
     """
     mesh, everywhere = Mesh(jax.local_devices()[:1], (AXIS,)), PartitionSpec()
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
     )
-    lowered = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",))
-    return lowered.cost_analysis()["flops"]
+    return jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def flops(function: Callable, *arguments: Any) -> float:
+    """As XLA counts them, of what a GPU would be given.
+
+    Of a CPU's program it counts too few: the gradients of kernels are loops there, whose body it
+    counts once.
+    """
+    return for_gpu(function, *arguments).cost_analysis()["flops"]
 
 
 def count(names: Iterable[str] = PHASES) -> dict[str, float]:

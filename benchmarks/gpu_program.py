@@ -242,9 +242,9 @@ def make(case: Case, name: str, devices: int) -> Program | None:
         return max(1, round(batch_size / devices)) * devices
 
     if name in PHASES:
-        steps = case.config.phases[name].steps
-        batch = case.training_batch(shared(case.config.batch_size))
-        return case.train_program(name, batch) if steps else None
+        if not case.config.phases[name].steps:
+            return None
+        return case.train_program(name, case.training_batch(shared(case.config.batch_size)))
     batch = case.evaluation_batch(shared(case.config.eval_batch_size))
     if name == "search":
         return case.search_program(batch)

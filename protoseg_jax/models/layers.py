@@ -39,7 +39,7 @@ def convolve(
 
 def _forward(x, kernel, stride, dilation):
     kernel, size = kernel.astype(x.dtype), kernel.shape[0]
-    if size == 1:  # a matmul: the same numbers, and on a CPU a faster gradient
+    if size == 1:  # a matmul: the same numbers, and on a CPU a faster gradient of x
         return x[:, ::stride, ::stride] @ kernel[0, 0]
     pad = dilation * (size - 1) // 2
     return jax.lax.conv_general_dilated(

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
-from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks import gpu_program
+from benchmarks.flops import for_gpu
 from protoseg_jax import config as configs
 from protoseg_jax import inference as inferences
 from protoseg_jax import losses, models
-from protoseg_jax.devices import AXIS
 from protoseg_jax.models.prototypes import equal_blocks
 from protoseg_jax.run import phases
 from protoseg_jax.training import step as steps
@@ -94,13 +93,7 @@ def lowered_joint_step(dtype: str) -> ir.Module:
         "image": jax.ShapeDtypeStruct((2, *CROP, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((2, *CROP), np.uint8),
     }
-    # `DevicePool.map`'s pmap lowers for devices that are there only.
-    mesh, everywhere = Mesh(jax.local_devices()[:1], (AXIS,)), PartitionSpec()
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
-    )
-    traced = jax.jit(mapped).trace(*arguments, batch)
-    return traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    return for_gpu(step, *arguments, batch).compiler_ir("stablehlo")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
