@@ -53,12 +53,13 @@ def default() -> ConfigDict:
     c.augment.elastic = 0.0  # deviation of the displacements, in pixels of the crop; 0: none
 
     c.model = ConfigDict()
-    c.model.backbone = "resnet"  # or "unet": a file of models, or a dotted path
-    c.model.depth = 101  # layers of the ResNet; halvings of the U-Net
+    c.model.backbone = "resnet"  # "unet" or "efficientnet": a file of models, or a dotted path
+    c.model.depth = 101  # layers of the ResNet; halvings of the U-Net; n of EfficientNet-Lite n
     c.model.width = 64  # channels of the first stage
     c.model.norm = "frozen_batch"  # ResNet: or "group", to train from scratch
     c.model.stride_in = "auto"  # ResNet: "3x3" or "1x1", which convolution strides; as the weights
-    c.model.output_stride = 8  # pixels of an image to a point of its map
+    c.model.output_stride = 8  # pixels of an image to a point of its map, of the coarsest one
+    c.model.stages = (3, 5, 7)  # EfficientNet: rows of its table whose maps the decoder gets
     c.model.aspp_rates = (6, 12, 18, 24)  # ResNet: dilation of each branch
     c.model.head = "prototypes"  # or "linear": the black-box twin, trained at the same budget
     c.model.features = 64  # D

@@ -19,11 +19,30 @@ def is_kernel(path: tuple[str, ...]) -> bool:
     return path[-1] == "kernel"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+# Zeros before and after the rows, and the columns.
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def same_pads(shape: tuple[int, ...], size: int, stride: int, dilation: int = 1) -> Pads:
+    """TensorFlow's padding "SAME" of maps [b h w c]: as little as makes ⌈n / stride⌉ windows of n
+    points, an odd one after them."""
+    pads = []
+    for n in shape[1:3]:
+        windows, reach = -(-n // stride), dilation * (size - 1) + 1
+        zeros = max((windows - 1) * stride + reach - n, 0)
+        pads.append((zeros // 2, zeros - zeros // 2))
+    return tuple(pads)
+
+
 def convolve(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int = 1, dilation: int = 1
+    x: Float[Array, "b h w i"],
+    kernel: Float[Array, "k k i o"],
+    stride: int = 1,
+    dilation: int = 1,
+    pads: Pads | None = None,
 ) -> Float[Array, "b H W o"]:
-    """Cross-correlation, zero-padded by dilation · (k−1)/2 on each side, in the dtype of x.
+    """Cross-correlation in the dtype of x, zero-padded as in PyTorch by dilation · (k−1)/2 on each
+    side, or by `pads`.
 
     The gradient with respect to x is XLA's, that of the kernel our own. XLA makes a convolution of
     it, whose kernel is a whole map. On a CPU that is slow; a sum of matmuls over strips of rows is
@@ -34,81 +53,87 @@ def convolve(
 
     The kernel is float32. What is not differentiated, images or a frozen kernel, costs nothing.
     """
-    return _forward(x, kernel, stride, dilation)
+    pad = dilation * (kernel.shape[0] - 1) // 2
+    return _convolve(x, kernel, stride, dilation, pads or ((pad, pad), (pad, pad)))
 
 
-def _forward(x, kernel, stride, dilation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(x, kernel, stride, dilation, pads):
+    return _forward(x, kernel, stride, dilation, pads)
+
+
+def _forward(x, kernel, stride, dilation, pads):
     kernel, size = kernel.astype(x.dtype), kernel.shape[0]
     if size == 1:  # a matmul: the same numbers, and on a CPU a faster gradient of x
         return x[:, ::stride, ::stride] @ kernel[0, 0]
-    pad = dilation * (size - 1) // 2
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        [(pad, pad)] * 2,
+        pads,
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
-def _convolve_fwd(x, kernel, stride, dilation):
+def _convolve_fwd(x, kernel, stride, dilation, pads):
     # What is to be differentiated travels in the tree's structure: () for yes, None for no.
     wanted = [() if argument.perturbed else None for argument in (x, kernel)]
     x, kernel = x.value, kernel.value
-    return _forward(x, kernel, stride, dilation), (x, kernel, wanted)
+    return _forward(x, kernel, stride, dilation, pads), (x, kernel, wanted)
 
 
-def _convolve_bwd(stride, dilation, kept, g):
+def _convolve_bwd(stride, dilation, pads, kept, g):
     x, kernel, wanted = kept
     dx = dkernel = None
     if wanted[0] is not None:
-        (dx,) = jax.linear_transpose(lambda x: _forward(x, kernel, stride, dilation), x)(g)
+        (dx,) = jax.linear_transpose(lambda x: _forward(x, kernel, stride, dilation, pads), x)(g)
     if wanted[1] is not None:
         size = kernel.shape[0]
         elsewhere = _by_phases if dilation > 1 and stride == 1 else _by_transposition
-        how = {"size": size, "stride": stride, "dilation": dilation}
+        how = {"size": size, "stride": stride, "dilation": dilation, "pads": pads}
         forms = [functools.partial(form, **how) for form in (_by_strips, elsewhere)]
         dkernel = jax.lax.platform_dependent(x, g, cpu=forms[0], default=forms[1])
     return dx, dkernel
 
 
-convolve.defvjp(_convolve_fwd, _convolve_bwd, symbolic_zeros=True)
+_convolve.defvjp(_convolve_fwd, _convolve_bwd, symbolic_zeros=True)
 
 
-def _by_transposition(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
+def _by_transposition(x, g, *, size, stride, dilation, pads) -> Float[Array, "k k i o"]:
     """The kernel's gradient as XLA makes it."""
     kernel = jnp.zeros((size, size, x.shape[3], g.shape[3]))
-    return jax.linear_transpose(lambda k: _forward(x, k, stride, dilation), kernel)(g)[0]
+    return jax.linear_transpose(lambda k: _forward(x, k, stride, dilation, pads), kernel)(g)[0]
 
 
-def _by_phases(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
+def _by_phases(x, g, *, size, stride, dilation, pads) -> Float[Array, "k k i o"]:
     """The kernel's gradient as that of an undilated convolution over dilation² times the images."""
     assert stride == 1
-    pad, around = dilation * (size - 1) // 2, size - 1
+    (top, _), (left, _) = pads
     cells = [-(-n // dilation) for n in g.shape[1:3]]  # of each phase
 
-    def phases(y, before: int, more: int):
+    def phases(y, before: tuple[int, int], more: int):
         sizes = [n + more for n in cells]
-        after = [n * dilation - before - m for n, m in zip(sizes, y.shape[1:3], strict=True)]
-        y = jnp.pad(y, [(0, 0), *((before, n) for n in after), (0, 0)])
+        whole = [n * dilation for n in sizes]
+        after = [n - b - m for n, b, m in zip(whole, before, y.shape[1:3], strict=True)]
+        y = jnp.pad(y, [(0, 0), *zip(before, after, strict=True), (0, 0)])
         y = y.reshape(len(y), sizes[0], dilation, sizes[1], dilation, -1)
         return y.transpose(2, 4, 0, 1, 3, 5).reshape(-1, *sizes, y.shape[5])
 
     # Else XLA may make the phases of x where it makes x, and keep them until the backward pass.
     x, g = jax.lax.optimization_barrier((x, g))
     kernel = jnp.zeros((size, size, x.shape[3], g.shape[3]), x.dtype)
-    images, numbers = phases(x, pad, around), ("NHWC", "HWIO", "NHWC")
+    images, numbers = phases(x, (top, left), size - 1), ("NHWC", "HWIO", "NHWC")
 
     def forward(kernel):
         return jax.lax.conv_general_dilated(
             images, kernel, (1, 1), "VALID", dimension_numbers=numbers
         )
 
-    return jax.linear_transpose(forward, kernel)(phases(g, 0, 0))[0].astype(jnp.float32)
+    return jax.linear_transpose(forward, kernel)(phases(g, (0, 0), 0))[0].astype(jnp.float32)
 
 
-def _by_strips(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
+def _by_strips(x, g, *, size, stride, dilation, pads) -> Float[Array, "k k i o"]:
     """The kernel's gradient as one matmul a strip of rows, over what all taps see, side by side.
 
     A strip has as many points as keep these k² copies of x in the cache, but, since the sum is read
@@ -117,23 +142,22 @@ def _by_strips(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
     ResNet the sums of all blocks before.
     """
     (b, height, _, channels), (_, rows, cols, out) = x.shape, g.shape
-    pad, columns = dilation * (size - 1) // 2, size * size * channels
+    (top, _), sides, columns = *pads, size * size * channels
     points = max(_STRIP // columns, 4 * channels)
     strips = -(-rows // max(1, points // cols))
     deep = -(-rows // strips)
     seen = (deep - 1) * stride + dilation * (size - 1) + 1
-    below = (strips * deep - deep) * stride + seen - height - pad  # may crop
-    x = jax.lax.pad(
-        x, jnp.zeros((), x.dtype), [(0, 0, 0), (pad, below, 0), (pad, pad, 0), (0, 0, 0)]
-    )
+    below = (strips * deep - deep) * stride + seen - height - top  # may crop
+    widths = [(0, 0, 0), (top, below, 0), (*sides, 0), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
     g = jnp.pad(g, [(0, 0), (0, strips * deep - rows), (0, 0), (0, 0)])
 
     def add(number, total):
         image, strip = number // strips, number % strips
         first, shape = strip * deep, (1, seen, *x.shape[2:])
         part = jax.lax.dynamic_slice(x, (image, first * stride, 0, 0), shape)
-        taps = _taps(part, deep, cols, size, stride, dilation)
-        copies = jnp.concatenate(taps, 3).reshape(-1, columns)
+        seen_by = taps(part, deep, cols, size, stride, dilation)
+        copies = jnp.concatenate(seen_by, 3).reshape(-1, columns)
         own = jax.lax.dynamic_slice(g, (image, first, 0, 0), (1, deep, cols, out))
         own = own.reshape(-1, out).T
         return total + jnp.matmul(own, copies, preferred_element_type=jnp.float32)
@@ -142,7 +166,7 @@ def _by_strips(x, g, *, size, stride, dilation) -> Float[Array, "k k i o"]:
     return total.T.reshape(size, size, channels, out)
 
 
-def _taps(x, rows, cols, size, stride, dilation) -> list[Float[Array, "b H W i"]]:
+def taps(x, rows, cols, size, stride, dilation) -> list[Float[Array, "b H W i"]]:
     """What each tap of a kernel sees of padded x, row by row."""
     down, right = (rows - 1) * stride + 1, (cols - 1) * stride + 1
     corners = [n * dilation for n in range(size)]
@@ -157,6 +181,7 @@ class Conv(nn.Module):
       size: k, odd.
       stride: step between windows.
       dilation: step between a window's taps.
+      same: whether it is padded as TensorFlow does, `same_pads`, not as PyTorch.
       dtype: dtype of the computation; parameters are float32.
     """
 
@@ -164,6 +189,7 @@ class Conv(nn.Module):
     size: int = 1
     stride: int = 1
     dilation: int = 1
+    same: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -172,7 +198,26 @@ class Conv(nn.Module):
     ) -> Float[Array, "b H W o"]:
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", he_normal_fan_out, shape) * scale
-        return convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
+        pads = same_pads(x.shape, self.size, self.stride, self.dilation) if self.same else None
+        return convolve(x.astype(self.dtype), kernel, self.stride, self.dilation, pads)
+
+
+class FrozenBatchNorm(nn.Module):
+    """BatchNorm with everything fixed: x · scale + bias per channel, from the collection "frozen".
+
+    scale = γ / √(σ² + ε) and bias = β − μ · scale of the ported statistics; initially the identity.
+    The scale goes into the kernel of the convolution before it, at every step, so that what is
+    trained stays unscaled: a pass over the map is saved, and a GPU adds the bias as it convolves.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, conv: nn.Module, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
+        shape = (conv.channels,)
+        scale = self.variable("frozen", "scale", jnp.ones, shape, jnp.float32).value
+        bias = self.variable("frozen", "bias", jnp.zeros, shape, jnp.float32).value
+        return conv(x, scale) + bias.astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -231,6 +276,14 @@ def _group_norm_bwd(kept, g):
 group_norm.defvjp(_group_norm_fwd, _group_norm_bwd)
 
 
+NORMS = {"frozen_batch": FrozenBatchNorm, "group": GroupNorm}
+
+
+def convolved(conv: Conv, norm: nn.Module, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
+    """A convolution of x and its norm, one of `NORMS`."""
+    return norm(conv, x) if isinstance(norm, FrozenBatchNorm) else norm(conv(x))
+
+
 def resize(
     x: Float[Array, "b h w c"], size: tuple[int, int], scale: tuple[float, float]
 ) -> Float[Array, "b H W c"]:
@@ -262,7 +315,7 @@ def _windows(x, size, pads) -> list[Float[Array, "b H W c"]]:
     """What each place of a window sees, row by row; −∞ outside."""
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=-jnp.inf)
     rows, cols = ((n - size) // 2 + 1 for n in x.shape[1:3])
-    return _taps(x, rows, cols, size, stride=2, dilation=1)
+    return taps(x, rows, cols, size, stride=2, dilation=1)
 
 
 def _max_pool_fwd(x, size, pads):

@@ -1,4 +1,4 @@
-"""DeepLabv2's network, section 4: a dilated bottleneck ResNet (He et al. 2016), then ASPP.
+"""DeepLabv2's network, section 4: a dilated ResNet (He et al. 2016), then ASPP.
 
 Submodules are named after torchvision's: `conv1`, `norm1`, `layer2_0.conv1`, `layer2_0.norm1`, …,
 `layer2_0.downsample_conv`, `layer2_0.downsample_norm` (its `layer2.0.conv1`, `layer2.0.bn1`,
@@ -28,11 +28,15 @@ from protoseg_jax import models
 from protoseg_jax.errors import UserError
 from protoseg_jax.models import weights
 from protoseg_jax.models.deeplab import ASPP
-from protoseg_jax.models.layers import Conv, GroupNorm, ceil_pool, is_kernel
+from protoseg_jax.models.layers import NORMS, Conv, ceil_pool, convolved, is_kernel
 
 GROUPS = {"backbone": is_kernel, "aspp": lambda path: True}
 
-BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+# Blocks of each stage, by depth.
+BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+BOTTLENECK = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BOTTLENECK |= {152: (3, 8, 36, 3)}
+BLOCKS = BASIC | BOTTLENECK
 
 # (Stride, dilation) of torchvision's layer1 … layer4 (the paper's stages 2 … 5), by output stride.
 # DeepLab dilates every block of stages 4 and 5, the first one included.
@@ -48,32 +52,6 @@ def build(config: ConfigDict, channels: int, dtype: jnp.dtype) -> tuple[nn.Modul
     keys = ("depth", "width", "norm", "stride_in", "output_stride", "remat")
     backbone = ResNet(**{key: config[key] for key in keys}, dtype=dtype)
     return backbone, ASPP(channels, tuple(config.aspp_rates), dtype)
-
-
-class FrozenBatchNorm(nn.Module):
-    """BatchNorm with everything fixed: x · scale + bias per channel, from the collection "frozen".
-
-    scale = γ / √(σ² + ε) and bias = β − μ · scale of the ported statistics; initially the identity.
-    The scale goes into the kernel of the convolution before it, at every step, so that what is
-    trained stays unscaled: a pass over the map is saved, and a GPU adds the bias as it convolves.
-    """
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, conv: Conv, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
-        shape = (conv.channels,)
-        scale = self.variable("frozen", "scale", jnp.ones, shape, jnp.float32).value
-        bias = self.variable("frozen", "bias", jnp.zeros, shape, jnp.float32).value
-        return conv(x, scale) + bias.astype(self.dtype)
-
-
-NORMS = {"frozen_batch": FrozenBatchNorm, "group": GroupNorm}
-
-
-def convolved(conv: Conv, norm: nn.Module, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
-    """A convolution of x and its norm, one of `NORMS`."""
-    return norm(conv, x) if isinstance(norm, FrozenBatchNorm) else norm(conv(x))
 
 
 class Bottleneck(nn.Module):
@@ -111,8 +89,39 @@ class Bottleneck(nn.Module):
         return nn.relu(convolved(increase, norm(name="norm3"), x) + shortcut)
 
 
+class Basic(nn.Module):
+    """3×3 → 3×3 with a shortcut, of depths 18 and 34.
+
+    Attributes:
+      channels: of both convolutions.
+      stride: of the first one.
+      dilation: of both.
+      project: whether the shortcut is a 1×1 convolution.
+    """
+
+    channels: int
+    stride: int
+    dilation: int
+    project: bool
+    norm: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
+        conv = partial(Conv, self.channels, dtype=self.dtype)
+        norm = partial(NORMS[self.norm], dtype=self.dtype)
+        shortcut = x
+        if self.project:
+            to_shortcut = conv(stride=self.stride, name="downsample_conv")
+            shortcut = convolved(to_shortcut, norm(name="downsample_norm"), x)
+        first = conv(3, self.stride, self.dilation, name="conv1")
+        second = conv(3, 1, self.dilation, name="conv2")
+        x = nn.relu(convolved(first, norm(name="norm1"), x))
+        return nn.relu(convolved(second, norm(name="norm2"), x) + shortcut)
+
+
 class ResNet(nn.Module):
-    """Image → the last stage's map, 32 · width channels.
+    """Image → the last stage's map, 32 · width channels; 8 · width of depths 18 and 34.
 
     Attributes:
       depth: a key of `BLOCKS`.
@@ -134,15 +143,19 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-        make = nn.remat(Bottleneck) if self.remat else Bottleneck
+        basic = self.depth in BASIC
+        kind = Basic if basic else Bottleneck
+        make = nn.remat(kind) if self.remat else kind
         stem = Conv(self.width, 7, 2, dtype=self.dtype, name="conv1")
         norm = NORMS[self.norm](dtype=self.dtype, name="norm1")
         x = ceil_pool(nn.relu(convolved(stem, norm, images)))
-        settings = {"stride_in": self.stride_in, "norm": self.norm, "dtype": self.dtype}
+        settings = {"norm": self.norm, "dtype": self.dtype}
+        settings |= {} if basic else {"stride_in": self.stride_in}
         for stage, (stride, dilation) in enumerate(STAGES[self.output_stride]):
             for block in range(BLOCKS[self.depth][stage]):
                 first, name = block == 0, f"layer{stage + 1}_{block}"
-                place = self.width * 2**stage, stride if first else 1, dilation, first
+                project = first and not (basic and stage == 0)  # whose shortcut has its shape
+                place = self.width * 2**stage, stride if first else 1, dilation, project
                 x = make(*place, **settings, name=name)(x)
         return x
 
@@ -209,13 +222,14 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
         len({m[1] for n in tensors if (m := re.match(pattern.format(stage, r"(\d+)"), n))})
         for stage in range(first[0], first[0] + 4)
     )
-    depths = {counts: depth for depth, counts in BLOCKS.items()}
-    if blocks not in depths or (origin == "torchvision" and "layer1.0.conv3.weight" not in tensors):
+    basic = origin == "torchvision" and not any(".conv3." in name for name in tensors)
+    depths = {counts: depth for depth, counts in (BASIC if basic else BOTTLENECK).items()}
+    if blocks not in depths:
         raise UserError(
             f"weights {where} are of a ResNet that is not supported ({blocks} blocks in its "
-            f"stages); use bottleneck ones, of depth {', '.join(map(str, BLOCKS))}"
+            f"stages); use one of depth {', '.join(map(str, sorted(BLOCKS)))}"
         )
-    depth, account = depths[blocks], weights.Account(tensors)
+    depth, account, expansion = depths[blocks], weights.Account(tensors), 1 if basic else 4
     stem = tensors.get(names["stem"][0] + ".weight")
     is_stem = stem is not None and stem.shape[1:] == (3, 7, 7) and stem.size
     width = stem.shape[0] if is_stem else 64
@@ -225,10 +239,15 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
     for stage, block in ((s, b) for s in range(4) for b in range(blocks[s])):
         ours, inner = f"layer{stage + 1}_{block}", width * 2**stage
         prefix = where_block.format(first[0] + stage, first[1] + block)
-        shapes = {"downsample_conv": (4 * inner, channels, 1, 1)} if block == 0 else {}
-        shapes |= {"conv1": (inner, channels, 1, 1), "conv2": (inner, inner, 3, 3)}
-        shapes |= {"conv3": (4 * inner, inner, 1, 1)}
-        params[ours], frozen[ours], channels = {}, {}, 4 * inner
+        outer = expansion * inner
+        project = block == 0 and not (basic and stage == 0)
+        shapes = {"downsample_conv": (outer, channels, 1, 1)} if project else {}
+        if basic:
+            shapes |= {"conv1": (inner, channels, 3, 3), "conv2": (inner, inner, 3, 3)}
+        else:
+            shapes |= {"conv1": (inner, channels, 1, 1), "conv2": (inner, inner, 3, 3)}
+            shapes |= {"conv3": (outer, inner, 1, 1)}
+        params[ours], frozen[ours], channels = {}, {}, outer
         for name, shape in shapes.items():
             conv, norm = (prefix + theirs for theirs in names[name])
             params[ours][name] = {"kernel": account.kernel(f"{conv}.weight", shape)}

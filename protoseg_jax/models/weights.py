@@ -7,6 +7,8 @@ says what comes with the weights of each origin.
 """
 
 import dataclasses
+import hashlib
+import importlib.util
 import io
 import itertools
 import pickle
@@ -27,7 +29,6 @@ from protoseg_jax.errors import UserError, reason
 from protoseg_jax.files import write_atomically
 from protoseg_jax.models.prototypes import equal_blocks
 
-BATCH_NORM_EPSILON = 1e-5
 _CLEAR = 0.25  # by how much a prototype's largest weight must lead to tell its class
 _DEEPEST = 16  # levels of a tree of parameters, more than any network's
 _NAMED, _NAME = 4, 150  # tensors named in a message, of each kind; characters of each name
@@ -46,6 +47,43 @@ class Origin:
 
     stride_in: str
     preprocessing: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A Python package that brings weights; nothing is ever fetched.
+
+    Attributes:
+      requirement: what pip is asked for.
+      module: its name.
+      file: of the weights, in it.
+      sha256: of that file.
+    """
+
+    requirement: str
+    module: str
+    file: str
+    sha256: str
+
+    def find(self) -> Path:
+        """The weights' file where the package is installed.
+
+        Raises:
+          UserError: it is not, or brings another file.
+        """
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"the weights come with the Python package {self.module}, which is not installed: "
+                f"pip install {self.requirement}"
+            )
+        path = Path(spec.submodule_search_locations[0]) / self.file
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
+            raise UserError(
+                f"weights file {path} is absent or not the one that is known, by its SHA-256; "
+                f"install that: pip install --force-reinstall --no-deps {self.requirement}"
+            )
+        return path
 
 
 @dataclasses.dataclass
@@ -68,13 +106,15 @@ class Ported:
 
 
 def load(path: str | Path, network: types.ModuleType) -> Ported:
-    """Weights from a file for a backbone, which is given by its module.
+    """Weights for a backbone, which is given by its module, from a file or from an installed
+    package, by one of the network's `PACKAGES`.
 
     Raises:
       UserError: the file is missing, is no weights file, or its tensors are not those of a known
         origin of that network.
     """
-    path = Path(path)
+    packages = getattr(network, "PACKAGES", {})
+    path = packages[str(path)].find() if str(path) in packages else Path(path)
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist; set pretrained.path to one")
     if path.suffix not in READERS:
@@ -307,7 +347,9 @@ class Account:
         """A convolution's weights from PyTorch's layout, whose shape is (o, i, k, k)."""
         return np.ascontiguousarray(self.take(name, shape).transpose(2, 3, 1, 0))
 
-    def affine(self, name: str, channels: int) -> dict[str, Float[np.ndarray, " c"]]:
+    def affine(
+        self, name: str, channels: int, epsilon: float = 1e-5
+    ) -> dict[str, Float[np.ndarray, " c"]]:
         """A BatchNorm as `FrozenBatchNorm`: scale = γ / √(σ² + ε), bias = β − μ · scale."""
         gamma, beta, mean, variance = (
             self.take(f"{name}.{n}", (channels,))
@@ -315,7 +357,7 @@ class Account:
         )
         # In float64, so that folding costs no digits.
         with np.errstate(invalid="ignore", over="ignore"):  # σ² < 0; γ beyond float32 by σ
-            scale = gamma / np.sqrt(variance.astype(np.float64) + BATCH_NORM_EPSILON)
+            scale = gamma / np.sqrt(variance.astype(np.float64) + epsilon)
             bias = (beta - mean * scale).astype(np.float32)
             scale = scale.astype(np.float32)
         if not (np.isfinite(scale).all() and np.isfinite(bias).all() and (variance >= 0).all()):

@@ -7,23 +7,30 @@ import dataclasses
 import sys
 import types
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from sklearn import datasets
 from torch.nn import functional as F
 
 from protoseg_jax import config as configs
 from protoseg_jax import losses, models
 from protoseg_jax.devices import DevicePool
 from protoseg_jax.inference import Inference, shrink_labels
-from protoseg_jax.models import resnet
+from protoseg_jax.models import efficientnet, resnet
 from protoseg_jax.models import weights as ported_weights
 from protoseg_jax.models.preprocessing import Preprocessing
 from protoseg_jax.run.phases import Phase
 from protoseg_jax.training import step as steps
 from tests.models import weights
 from tests.models.torch_counterpart import TorchProtoSeg, nchw, nhwc, total_loss
+
+try:
+    from efficientnet_lite_pytorch import EfficientNet as lite
+except ImportError:  # its test is skipped
+    lite = None
 
 C, K, D = 4, 3, 16
 CLASSES = np.arange(C).repeat(K)
@@ -94,29 +101,65 @@ def multi_scale(size):
     return [*found, ("inference's logits", fused.logits, expected[-1][-1])]
 
 
-def torchvision_resnet(size, folder):
-    """torchvision's ResNet-101 with our dilation and ceil-mode pooling, through a .pth file."""
-    theirs = torchvision_models().resnet101(weights=None).eval()
+def torchvision_resnet(size, folder, depth=101):
+    """A ResNet of torchvision with our dilation and ceil-mode pooling, through a .pth file."""
+    theirs = getattr(torchvision_models(), f"resnet{depth}")(weights=None).eval()
     theirs.maxpool.ceil_mode = True
     for stage, dilation in ((theirs.layer3, 2), (theirs.layer4, 4)):
         for block in stage:
-            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-            block.conv2.stride = (1, 1)
+            for conv in [block.conv2] + [block.conv1] * (depth in resnet.BASIC):
+                conv.dilation = conv.padding = (dilation, dilation)
+                conv.stride = (1, 1)
         stage[0].downsample[0].stride = (1, 1)
-    made = weights.backbone("torchvision", 101, 64, np.random.default_rng(0))
+    made = weights.backbone("torchvision", depth, 64, np.random.default_rng(0))
     made = {name: torch.tensor(tensor) for name, tensor in made.items()}
     theirs.load_state_dict({**theirs.state_dict(), **made})
-    torch.save(theirs.state_dict(), folder / "resnet101.pth")
-    ported = ported_weights.load(folder / "resnet101.pth", resnet)
-    assert (ported.origin, ported.depth) == ("torchvision", 101)
+    torch.save(theirs.state_dict(), folder / f"resnet{depth}.pth")
+    ported = ported_weights.load(folder / f"resnet{depth}.pth", resnet)
+    assert (ported.origin, ported.depth) == ("torchvision", depth)
     images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
-    ours = resnet.ResNet(101, stride_in=resnet.ORIGINS["torchvision"].stride_in)
+    ours = resnet.ResNet(depth, stride_in=resnet.ORIGINS["torchvision"].stride_in)
     variables = {"params": ported.params["backbone"], "frozen": ported.frozen["backbone"]}
     got = jax.jit(ours.apply)(variables, images)
     with torch.no_grad():
         x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(nchw(images)))))
         expected = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x))))
     return [("backbone", got, nhwc(expected))]
+
+
+def photograph(size):
+    """A real image [1 h w 3] of bytes, which scikit-learn brings."""
+    image = datasets.load_sample_image("flower.jpg")
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)[None]
+
+
+def efficientnet_lite(variant, size):
+    """The package's own network with its ImageNet weights, on a real image: (our maps after every
+    row beside its, our five likeliest classes and its by way of its own last layers)."""
+    name = f"efficientnet-lite{variant}"
+    path = efficientnet.PACKAGES[name].find()
+    # By default its padding is that of 224² or so, whatever the image.
+    theirs = lite.from_pretrained(name, weights_path=str(path), image_size=None).eval()
+    table = efficientnet.rows(variant)
+    ported = ported_weights.load(name, efficientnet)
+    assert (ported.origin, ported.depth) == ("efficientnet_lite", variant)
+    images = efficientnet.PREPROCESSING[ported.origin].normalise(jnp.array(photograph(size)))
+    ours = efficientnet.Encoder(variant, stages=tuple(range(1, len(table) + 1)))
+    variables = {"params": ported.params["backbone"], "frozen": ported.frozen["backbone"]}
+    maps, expected = jax.jit(ours.apply)(variables, images), []
+    ends = np.cumsum([row.blocks for row in table]) - 1
+    with torch.no_grad():
+        x = theirs._swish(theirs._bn0(theirs._conv_stem(nchw(images))))
+        for number, block in enumerate(theirs._blocks):
+            x = block(x)
+            if number in ends:
+                expected.append(nhwc(x))
+        classes = []
+        for last in (nchw(maps[-1]), x):
+            pooled = theirs._swish(theirs._bn1(theirs._conv_head(last))).mean((2, 3))
+            classes.append(theirs._fc(pooled)[0].topk(5).indices.tolist())
+    pairs = [(f"row {n}", *p) for n, p in enumerate(zip(maps, expected, strict=True), start=1)]
+    return pairs, classes
 
 
 def torchvision_models():

@@ -6,16 +6,26 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from protoseg_jax.models import layers
+from protoseg_jax.models import depthwise, layers
 from protoseg_jax.models.deeplab import ASPP
-from protoseg_jax.models.layers import Conv, GroupNorm, ceil_pool, convolve, group_norm, halved
-from protoseg_jax.models.resnet import Bottleneck, FrozenBatchNorm
+from protoseg_jax.models.layers import (
+    Conv,
+    FrozenBatchNorm,
+    GroupNorm,
+    ceil_pool,
+    convolve,
+    group_norm,
+    halved,
+    same_pads,
+)
+from protoseg_jax.models.resnet import Bottleneck
 
 
-def literal_convolution(x, kernel, stride, dilation):
-    """Padding dilation · (k−1)/2, float64, one output point at a time."""
+def literal_convolution(x, kernel, stride, dilation, pads=None):
+    """Padding dilation · (k−1)/2 or another, float64, one output point at a time."""
     k, pad = kernel.shape[0], dilation * (kernel.shape[0] - 1) // 2
-    padded = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    pads = pads or ((pad, pad), (pad, pad))
+    padded = np.pad(x.astype(np.float64), ((0, 0), *pads, (0, 0)))
     reach = dilation * (k - 1) + 1
     rows = range(0, padded.shape[1] - reach + 1, stride)
     cols = range(0, padded.shape[2] - reach + 1, stride)
@@ -27,10 +37,11 @@ def literal_convolution(x, kernel, stride, dilation):
     return y
 
 
-def literal_kernel_gradient(x, g, k, stride, dilation):
+def literal_kernel_gradient(x, g, k, stride, dilation, pads=None):
     """Of Σ g · y with respect to the kernel, float64, one output point at a time."""
     pad = dilation * (k - 1) // 2
-    padded = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    pads = pads or ((pad, pad), (pad, pad))
+    padded = np.pad(x.astype(np.float64), ((0, 0), *pads, (0, 0)))
     total, reach = np.zeros((k, k, x.shape[3], g.shape[3])), dilation * (k - 1) + 1
     for i, j in np.ndindex(*g.shape[1:3]):
         row, col = i * stride, j * stride
@@ -87,28 +98,99 @@ def test_convolution_is_the_literal_one(size, k, stride, dilation):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "stride", "dilation", "expected"),
+    [
+        (224, 3, 2, 1, (0, 1)),
+        (225, 3, 2, 1, (1, 1)),
+        (56, 5, 2, 1, (1, 2)),
+        (7, 5, 1, 2, (4, 4)),
+        (9, 1, 2, 1, (0, 0)),
+    ],
+)
+def test_tensorflows_padding(n, k, stride, dilation, expected):
+    assert same_pads((1, n, n + 1, 3), k, stride, dilation)[0] == expected
+
+
+SYMMETRIC = [
+    (1, 1, 1),
+    (1, 2, 1),
+    (3, 1, 1),
+    (3, 2, 1),
+    (3, 2, 2),
+    (3, 1, 4),
+    (3, 1, 11),
+    (7, 2, 1),
+]
+
+
 @pytest.mark.parametrize("strip", [1, 1 << 17])
 @pytest.mark.parametrize(
-    ("k", "stride", "dilation"),
-    [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 2, 2), (3, 1, 4), (3, 1, 11), (7, 2, 1)],
+    ("k", "stride", "dilation", "same"),
+    [*((*how, False) for how in SYMMETRIC), (3, 2, 1, True), (7, 3, 1, True)],
 )
 def test_every_form_of_a_kernels_gradient_is_the_literal_one(
-    monkeypatch, k, stride, dilation, strip
+    monkeypatch, k, stride, dilation, same, strip
 ):
     """In strips of a row or two, the last one not full, or of the whole map; taps outside it."""
     monkeypatch.setattr(layers, "_STRIP", strip)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 9, 12, 6)).astype(np.float32)
     kernel = rng.normal(size=(k, k, 6, 4)).astype(np.float32)
-    y, pull = jax.vjp(lambda kernel: convolve(x, kernel, stride, dilation), kernel)
+    pad = dilation * (k - 1) // 2
+    pads = same_pads(x.shape, k, stride, dilation) if same else ((pad, pad), (pad, pad))
+    conv = Conv(4, k, stride, dilation, same)
+    y, pull = jax.vjp(lambda kernel: conv.apply({"params": {"kernel": kernel}}, x), kernel)
+    np.testing.assert_allclose(
+        y, literal_convolution(x, kernel, stride, dilation, pads), rtol=1e-4, atol=1e-4
+    )
     g = rng.normal(size=y.shape).astype(np.float32)
-    expected = literal_kernel_gradient(x, g, k, stride, dilation)
-    how = {"size": k, "stride": stride, "dilation": dilation}
+    expected = literal_kernel_gradient(x, g, k, stride, dilation, pads)
+    how = {"size": k, "stride": stride, "dilation": dilation, "pads": pads}
     forms = [layers._by_strips, layers._by_transposition]
     forms += [layers._by_phases] if stride == 1 else []
     for got in (*pull(g), *(form(x, g, **how) for form in forms)):
         assert got.shape == kernel.shape
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "strip"), [((9, 12), 1), ((10, 7), 1 << 16)], ids=str)
+@pytest.mark.parametrize(
+    ("k", "stride", "dilation"), [(3, 1, 1), (5, 2, 1), (5, 1, 2), (3, 3, 2), (3, 1, 11)]
+)
+def test_every_form_of_a_depthwise_convolution_is_the_literal_one(
+    monkeypatch, k, stride, dilation, size, strip
+):
+    """Each channel is a convolution of its own; both gradients, ours and XLA's."""
+    monkeypatch.setattr(depthwise, "_STRIP", strip)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+    kernel = rng.normal(size=(k, k, 1, 3)).astype(np.float32)
+    pads = same_pads(x.shape, k, stride, dilation)
+    got, pull = jax.vjp(lambda *a: depthwise.convolve_depthwise(*a, stride, dilation), x, kernel)
+    g = rng.normal(size=got.shape).astype(np.float32)
+    channels = [(x[..., [c]], kernel[..., [c]], g[..., [c]]) for c in range(3)]
+    expected = np.concatenate(
+        [literal_convolution(a, b, stride, dilation, pads) for a, b, _ in channels], 3
+    )
+    of_kernel = np.concatenate(
+        [literal_kernel_gradient(a, c, k, stride, dilation, pads) for a, _, c in channels], 3
+    )
+    of_x, how = pull(g)[0], {"stride": stride, "dilation": dilation, "pads": pads}
+    pairs = [(got, expected), (pull(g)[1], of_kernel)]
+    pairs += [(depthwise._grouped(x, kernel, **how), expected)]
+    pairs += [(depthwise._grouped_dk(x, g, size=k, **how), of_kernel)]
+    pairs += [(depthwise._grouped_dx(g, kernel, shape=x.shape, **how), of_x)]
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    # The convolution is linear in x: ⟨g, f(v)⟩ = ⟨∂x, v⟩ for every v.
+    v = rng.normal(size=x.shape).astype(np.float32)
+    along = sum(
+        (c * literal_convolution(v[..., [n]], b, stride, dilation, pads)).sum()
+        for n, (_, b, c) in enumerate(channels)
+    )
+    assert float((of_x * v).sum()) == pytest.approx(along, rel=1e-3, abs=1e-3)
 
 
 def test_a_convolution_differentiates_what_is_asked_for_alone():

