@@ -55,6 +55,18 @@ def test_every_module_has_its_own_tensor():
     assert len({k.tobytes() for k in kernels}) == len(kernels) == 1 + 4 * 7
 
 
+@pytest.mark.parametrize("depth", [18, 34, 152])
+def test_other_depths_fit_their_networks(depth):
+    ported = resnet.port(backbone(depth=depth), "made")
+    assert (ported.origin, ported.depth) == ("torchvision", depth)
+    network, images = resnet.ResNet(depth, width=4), np.zeros((1, 33, 33, 3), np.float32)
+    ours = jax.eval_shape(network.init, jax.random.key(0), images)
+    theirs = {"params": ported.params["backbone"], "frozen": ported.frozen["backbone"]}
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), dict(ours), theirs)
+    channels = 32 if depth in resnet.BASIC else 128
+    assert jax.eval_shape(network.apply, theirs, images).shape == (1, 5, 5, channels)
+
+
 def test_all_kinds_of_files_hold_the_same(tmp_path):
     tensors = protoseg()
     expected = resnet.port(tensors, "made")
@@ -106,7 +118,11 @@ def test_pth_files(tmp_path):
             r"layer1.0.conv1.weight .4×9×1×1, not 4×4×1×1.",
         ),
         (lambda t: t["bn1.weight"].fill(np.nan), "1 not finite: bn1.weight"),
-        (lambda t: [t.pop(n) for n in list(t) if "conv3" in n], "not supported"),
+        # Without it the names are those of a ResNet-18.
+        (
+            lambda t: [t.pop(n) for n in list(t) if "conv3" in n],
+            r"torchvision ResNet-18 .*layer1.0.conv1.weight .4×4×1×1, not 4×4×3×3.",
+        ),
         (lambda t: t.clear(), "unknown network"),
         (
             lambda t: t.update({"module.bn1.weight": t["bn1.weight"]}),
