@@ -7,7 +7,9 @@ A backbone is one module, ours or anyone's, with
 * `GROUPS`: the names of their two groups of parameters, in that order, each with its rule of weight
   decay: a parameter's path, from its group on → whether it decays;
 * if foreign weights are known of it, `port` and `ORIGINS` (`weights`);
-* if it wants one of its own, `PREPROCESSING` (`preprocessing`).
+* if it wants one of its own, `PREPROCESSING` (`preprocessing`);
+* `TWIN_HAS_HEAD = True` if its black-box twin has the same decoder, with D channels, and on top of
+  it a last layer in the group `head`; without, the twin's decoder has a channel a class.
 """
 
 import types
@@ -19,7 +21,8 @@ from ml_collections import ConfigDict
 
 from protoseg_jax import extensions
 from protoseg_jax.errors import UserError
-from protoseg_jax.models.protoseg import ACTIVATIONS, BlackBox, ProtoSeg
+from protoseg_jax.models.layers import is_kernel
+from protoseg_jax.models.protoseg import ACTIVATIONS, BlackBox, LinearTwin, ProtoSeg
 from protoseg_jax.models.prototypes import SIMILARITIES
 
 
@@ -42,11 +45,13 @@ def build(
     scales = tuple(config.msc)
     if not all(0 < scale < 1 for scale in scales):
         raise UserError(f"config.model.msc is {scales}; its scales must lie between 0 and 1")
-    channels = num_classes if config.head == "linear" else config.features
+    linear, on_features = config.head == "linear", twin_has_head(config)
+    channels = num_classes if linear and not on_features else config.features
     modules = network(config).build(config, channels, dtype)
     backbone, decoder = (m.clone(name=n) for m, n in zip(modules, groups(config), strict=True))
-    if config.head == "linear":
-        return BlackBox(backbone, decoder, scales)
+    if linear:
+        parts = backbone, decoder, scales
+        return LinearTwin(*parts, num_classes) if on_features else BlackBox(*parts)
     activation, similarity = config.activation, config.similarity
     require("activation", activation, ACTIVATIONS)
     require("similarity", similarity, SIMILARITIES)
@@ -69,10 +74,16 @@ def groups(config: ConfigDict) -> tuple[str, str]:
     return names
 
 
+def twin_has_head(config: ConfigDict) -> bool:
+    """Whether the black-box twin of a config's network is a `LinearTwin`."""
+    return getattr(network(config), "TWIN_HAS_HEAD", False)
+
+
 def decay(config: ConfigDict) -> dict[str, Callable[[tuple[str, ...]], bool]]:
     """The rule of weight decay of every group of parameters; none on prototypes and w_h."""
     never = dict.fromkeys(("prototypes", "head"), lambda path: False)
-    return {**network(config).GROUPS, **never}
+    twins = {"head": is_kernel} if config.head == "linear" else {}
+    return {**network(config).GROUPS, **never, **twins}
 
 
 def require(key: str, value: Any, known: Collection) -> None:

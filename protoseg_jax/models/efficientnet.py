@@ -29,6 +29,7 @@ from protoseg_jax.models.preprocessing import Preprocessing
 from protoseg_jax.models.stages import Decoder
 
 GROUPS = {"backbone": is_kernel, "decoder": is_kernel}
+TWIN_HAS_HEAD = True
 PREPROCESSING = {"efficientnet_lite": Preprocessing(mean=(127.0,) * 3, std=(128.0,) * 3)}
 
 

@@ -8,6 +8,7 @@ import functools
 from typing import ClassVar
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -78,6 +79,20 @@ class BlackBox(nn.Module):
     def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
         """Normalised images → what inference says, at the size of the whole image's map."""
         return self.outputs(images)[-1]
+
+
+class LinearTwin(BlackBox):
+    """A black box whose decoder has D channels, as a ProtoSeg's, and a linear last layer on top:
+    logits are z · W + b, so that what they are made of can be looked at."""
+
+    num_classes: int
+
+    def setup(self):
+        self.head = nn.Dense(self.num_classes, precision=jax.lax.Precision.HIGHEST)
+
+    def classify(self, maps: Float[Array, "b h w d"]) -> Output:
+        """The features are the decoder's map."""
+        return Output(maps, None, None, self.head(maps))
 
 
 class ProtoSeg(BlackBox):

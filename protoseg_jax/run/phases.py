@@ -51,7 +51,8 @@ def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
 
     With `model.head = 'linear'` (the black-box twin) there is nothing to project, prune or
     fine-tune: those phases do not exist and the fine-tunings' steps are added to `joint`, so that
-    both have the same budget; the twin trains where its ASPP trains.
+    both have the same budget; the twin trains where its ASPP trains, a last layer of its own
+    (`models.twin_has_head`) at the rate of what is before it.
 
     Raises:
       UserError: an unknown phase, group or schedule, or a negative number of steps.
@@ -67,17 +68,11 @@ def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
     if black_box:
         steps["joint"] = steps.get("joint", 0) + sum(steps.get(n, 0) for n in _FINETUNES)
         steps = {n: s for n, s in steps.items() if n not in (*_SEARCHES, *_FINETUNES)}
-    network = models.groups(config.model)
-    return [_phase(config.phases[n], n, s, network, black_box) for n, s in steps.items() if s]
+    return [_phase(config, name, count) for name, count in steps.items() if count]
 
 
-def _phase(
-    section: ml_collections.ConfigDict,
-    name: str,
-    steps: int,
-    network: tuple[str, ...],
-    black_box: bool,
-) -> Phase:
+def _phase(config: ml_collections.ConfigDict, name: str, steps: int) -> Phase:
+    section, network = config.phases[name], models.groups(config.model)
     if name in _SEARCHES:
         return Phase(name, kind=name, steps=1)
     rates = {group: float(rate) for group, rate in section.learning_rates.items()}
@@ -93,8 +88,10 @@ def _phase(
         raise UserError(
             f"phases.{name}.schedule={section.schedule!r} is unknown; use 'constant' or 'poly'"
         )
-    if black_box:
+    if config.model.head == "linear":
         rates = {g: r for g, r in rates.items() if g in network}
+        if network[1] in rates and models.twin_has_head(config.model):
+            rates["head"] = rates[network[1]]
     return Phase(name, "train", steps, rates, section.schedule)
 
 

@@ -190,7 +190,7 @@ def with_run(experiment: Experiment, path: str) -> Checkpoint:
             new.append(name)
         if given:
             start.arrays[collection][group] = flax.traverse_util.unflatten_dict(given)
-    new += [] if experiment.black_box else ["prototypes", "head"]
+    new += [group for group in ("prototypes", "head") if group in start.arrays["params"]]
     say(f"starting from {path} after its phase {phase}; new: {', '.join(new) or 'nothing'}")
     return start
 

@@ -12,6 +12,7 @@ from protoseg_jax import models
 from protoseg_jax.errors import UserError
 from protoseg_jax.models import efficientnet, resnet
 from protoseg_jax.models import weights as files
+from protoseg_jax.run import phases
 
 
 def state_dict(variant=0, seed=0):
@@ -175,3 +176,32 @@ def test_a_protoseg_on_several_stages():
         without = jax.jit(model.apply)({**variables, "params": params}, images)
         most = np.abs(output.features).max()
         assert np.abs(without.features - output.features).max() > 0.01 * most
+
+
+def test_the_twin_has_the_same_decoder_and_a_layer_on_top():
+    config = configs.default()
+    config.model.update(backbone="efficientnet", depth=0, stages=(3, 5), features=8)
+    prototypes = models.build(config.model, 3, 6, jnp.float32)
+    config.model.head = "linear"
+    twin = models.build(config.model, 3, 0, jnp.float32)
+    images = np.random.default_rng(0).normal(size=(1, 64, 80, 3)).astype(np.float32)
+    variables = jax.jit(twin.init)(jax.random.key(0), images)
+    shapes = jax.eval_shape(prototypes.init, jax.random.key(0), images)["params"]
+    params = variables["params"]
+    assert set(params) == {"backbone", "decoder", "head"}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_equal(a.shape, b.shape), params["decoder"], shapes["decoder"]
+    )
+    params = {**params, "head": {**params["head"], "bias": jnp.array([1.0, 2.0, 3.0])}}
+    output = jax.jit(twin.apply)({**variables, "params": params}, images)
+    assert output.features.shape == (1, 8, 10, 8) and output.similarities is None
+    expected = np.asarray(output.features) @ params["head"]["kernel"] + [1, 2, 3]
+    np.testing.assert_allclose(output.logits, expected, rtol=1e-5, atol=1e-5)
+
+    rates = {"backbone": 1e-4, "decoder": 1e-3, "prototypes": 1e-2, "head": 0.0}
+    config.phases.joint.learning_rates = rates
+    config.phases.warmup.steps = 0
+    (joint,) = phases.from_config(config)
+    assert joint.learning_rates == {"backbone": 1e-4, "decoder": 1e-3, "head": 1e-3}
+    rules = models.decay(config.model)
+    assert rules["head"](("head", "kernel")) and not rules["head"](("head", "bias"))
