@@ -20,7 +20,7 @@ def tensor(name: str, array: np.ndarray) -> torch.Tensor:
     """One of our parameters as PyTorch lays it out."""
     if name.endswith("taps/kernel"):  # of the transposed convolution
         array = array.reshape(len(array), 2, 2, -1).transpose(0, 3, 1, 2)
-    elif name.endswith("out/kernel"):
+    elif name.endswith("out/kernel") or "/lateral" in name and array.ndim == 2:
         array = array.T[:, :, None, None]
     elif name.endswith("vectors"):
         array = array[:, :, None, None]
@@ -30,10 +30,10 @@ def tensor(name: str, array: np.ndarray) -> torch.Tensor:
 
 
 class Network:
-    """DeepLabv2-ResNet or U-Net with prototypes, with or without MSC."""
+    """DeepLabv2-ResNet, U-Net or EfficientNet-Lite with prototypes, with or without MSC."""
 
     def __init__(self, job: dict, memory_format: torch.memory_format):
-        self.model = job["model"]
+        self.model, self.rows = job["model"], job["rows"]
         self.tensors = {name: tensor(name, x) for name, x in job["parameters"].items()}
         for name, x in self.tensors.items():
             if x.dim() == 4:
@@ -94,6 +94,43 @@ class Network:
             x = F.conv_transpose2d(x, taps, stride=2)[:, :, : skip.shape[2], : skip.shape[3]]
             x = self.double_conv(torch.cat([skip, x], 1), f"decoder/up{level}")
         return self.conv(x, "decoder/out", bias=self.tensors["decoder/out/bias"])
+
+    def same_conv(self, x, name, stride=1, dilation=1):
+        """With TensorFlow's padding; depthwise where the kernel is."""
+        weight, pads = self.tensors[f"{name}/kernel"], []
+        for n in reversed(x.shape[2:]):
+            reach = dilation * (weight.shape[-1] - 1) + 1
+            zeros = max((-(-n // stride) - 1) * stride + reach - n, 0)
+            pads += [zeros // 2, zeros - zeros // 2]
+        groups = x.shape[1] // weight.shape[1]
+        return F.conv2d(F.pad(x, pads), weight, None, stride, 0, dilation, groups)
+
+    def efficientnet(self, x):
+        def normed(x, name, *how):
+            return self.norm(self.same_conv(x, f"{name}_conv", *how), f"{name}_norm")
+
+        stride, dilation, number, maps = 2, 1, 0, []
+        x = F.relu6(normed(x, "backbone/stem", 2))
+        for stage, (blocks, _, row_stride, expansion, _) in enumerate(self.rows, start=1):
+            for block in range(blocks):
+                name, own = f"backbone/block{number}", row_stride if block == 0 else 1
+                if stride * own > self.model["output_stride"]:
+                    own = 1
+                y = F.relu6(normed(x, f"{name}/expand")) if expansion > 1 else x
+                y = F.relu6(normed(y, f"{name}/depthwise", own, dilation))
+                y = normed(y, f"{name}/project")
+                x = x + y if x.shape == y.shape else y
+                if block == 0:
+                    stride, dilation = stride * own, dilation * row_stride // own
+                number += 1
+            maps += [x] if stage in self.model["stages"] else []
+        total = 0
+        for n, x in enumerate(maps):
+            lateral = f"decoder/lateral{n}"
+            x = self.conv(x, lateral, bias=self.tensors[f"{lateral}/bias"])
+            size = {"size": maps[0].shape[2:], "mode": "bilinear", "align_corners": False}
+            total = total + (F.interpolate(x, **size) if n else x)
+        return self.conv(F.relu(total), "decoder/smooth_conv", bias=self.tensors["decoder/bias"])
 
     def maps(self, x):
         """The decoder's maps of all that training learns from, the last one inference's."""

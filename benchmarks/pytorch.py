@@ -27,6 +27,7 @@ from benchmarks import authors, full_size, machine
 from protoseg_jax import models
 from protoseg_jax.devices import cores, keep_compiled_programs, split_cpu
 from protoseg_jax.inference import shrink_labels
+from protoseg_jax.models import efficientnet
 from protoseg_jax.training import optimizer
 
 OURS, LAYOUTS = "ours", ("contiguous_format", "channels_last")
@@ -52,6 +53,8 @@ class Task:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+LITE0 = {"backbone": "efficientnet", "depth": 0, "output_stride": 32, "stages": (3, 5, 7)}
+LITE0 |= {"preprocessing": "efficientnet_lite"}
 TASKS = {
     "resnet101": Task("DeepLabv2-ResNet-101, 2 × 321²", "pascal", 2, 3, {"msc": ()}),
     "msc": Task("the same with MSC", "pascal", 2, 3),
@@ -59,6 +62,8 @@ TASKS = {
     "camvid": Task("CamVid's U-Net, 8 × 180×240", "camvid", 8, 9),
     "demo": Task("the demo's ResNet-14, 8 × 128²", "demo", 8, 3),
     "forward": Task("forward, DeepLabv2-ResNet-101, 1024×2048", "cityscapes", 1, None),
+    "lite0": Task("EfficientNet-Lite0 on several stages, 8 × 180×240", "camvid", 8, 9, LITE0),
+    "lite0_forward": Task("forward, the same", "camvid", 8, None, LITE0),
 }
 
 
@@ -87,6 +92,7 @@ def ours(task: Task, devices: int, diversity: float) -> tuple[Callable[[], float
     normal = case.inference.preprocessing
     job = {
         "model": config.model.to_dict(),
+        "rows": efficientnet.rows(config.model.depth) if "stages" in task.model else None,
         "parameters": {**flat(case.variables.get("frozen", {})), **params},
         "normal": tuple(np.array(x, np.float32) for x in (normal.mean, normal.std)),
     }

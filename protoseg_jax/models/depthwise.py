@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from protoseg_jax.models.layers import he_normal_fan_out, same_pads, taps
+from protoseg_jax.models.layers import same_pads, taps
 
 _STRIP = 1 << 16  # numbers of a strip of x: 256 KiB
 
@@ -175,5 +175,5 @@ class DepthwiseConv(nn.Module):
         self, x: Float[Array, "b h w c"], scale: Float[Array, " c"] | float = 1.0
     ) -> Float[Array, "b H W c"]:
         shape = (self.size, self.size, 1, self.channels)
-        kernel = self.param("kernel", he_normal_fan_out, shape) * scale
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape) * scale
         return convolve_depthwise(x.astype(self.dtype), kernel, self.stride, self.dilation)
