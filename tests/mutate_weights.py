@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
@@ -40,6 +41,7 @@ from flax import traverse_util
 from benchmarks import machine
 from protoseg_jax.errors import UserError, one_line
 from protoseg_jax.models import resnet, weights
+from tests.models import torch_files
 from tests.models import weights as made
 
 LONGEST = 1000  # characters of a line
@@ -107,29 +109,22 @@ def _safetensors_samples() -> list[Sample]:
 
 
 def _torch_samples() -> list[Sample]:
-    import torch
-
-    torch.set_num_threads(1)
-
-    def writer(zipped: bool, nested: bool, dtype: torch.dtype | None) -> Callable:
+    def writer(zipped: bool, nested: bool, dtype: Any) -> Callable:
         def tensor(value: Any) -> Any:
-            if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
-                return value
-            found = torch.from_numpy(value.copy())
-            return found.to(dtype) if dtype and found.is_floating_point() else found
+            if dtype and isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                return value.astype(dtype)
+            return value
 
         def write(tensors: Arrays) -> bytes:
-            content = collections.OrderedDict((n, tensor(t)) for n, t in tensors.items())
+            content = {n: tensor(t) for n, t in tensors.items()}
             if nested:
                 content = {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in content.items()}}
-            buffer = io.BytesIO()
-            torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
-            return buffer.getvalue()
+            return torch_files.written(content, zipped)
 
         return write
 
-    kinds = ((True, False, None), (True, True, torch.bfloat16), (False, False, None))
-    kinds += ((False, True, torch.float64),)
+    kinds = ((True, False, None), (True, True, ml_dtypes.bfloat16), (False, False, None))
+    kinds += ((False, True, np.float64),)
     return [Sample(t, writer(*kind)) for t in _state_dicts() for kind in kinds]
 
 
@@ -381,7 +376,7 @@ def _safetensors_header(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", length) + text + rest
 
 
-def _canary(path: pathlib.Path) -> list[bytes]:
+def canaries(path: pathlib.Path) -> list[bytes]:
     """Pickles that act when they are executed."""
     shell = f"touch {path}".encode()
     code = f"open({str(path)!r}, 'w')".encode()
@@ -436,7 +431,7 @@ def _pickle(data: bytes, rng: random.Random) -> bytes:
         snippets += (b"2" * 3000, b"(" * 3000, b"\x85" * 3000, b"]" + b"2a" * 9)
         return data[:at] + rng.choice(snippets) + data[rng.choice((at, end)) :]
     if kind == 5:
-        code = rng.choice(_canary(CANARY))
+        code = rng.choice(canaries(CANARY))
         return code if rng.random() < 0.5 else data[:at] + code[:-1].lstrip(b"\x80\x02") + data[at:]
     return rng.choice((_flip, _extreme, _replace, _delete, _insert))(data, rng)
 
@@ -504,9 +499,7 @@ def _tensors(sample: Sample, suffix: str, rng: random.Random) -> bytes:
         elif kind == 6:
             tensors[name] = value.T if rng.random() < 0.5 else value[None]
         elif kind == 7 and suffix in (".pth", ".pt"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of betas
-                tensors[name] = _odd_tensor(rng)
+            tensors[name] = _odd_tensor(rng)
         elif kind == 7 and suffix == ".npz":
             texts = (np.array("x"), np.array(["a", "b"]), np.array(b"x"), np.array("x" * 5000))
             tensors[name] = rng.choice((*texts, np.array([(1, 2)], "i4,f4"), np.array(0, "M8[s]")))
@@ -529,29 +522,29 @@ _SPECIAL += ("features.base.layer1.conv1.conv.weight", "prototype_vectors", "las
 
 
 def _odd_tensor(rng: random.Random) -> Any:
-    import torch
-
-    values = torch.ones(4, 3)
+    ones, values = np.ones(1, np.float32), np.ones((4, 3), np.float32)
     return rng.choice(
         (
-            lambda: torch.ones(1).expand(2**40),
-            lambda: torch.ones(1).expand(2**20, 2**20, 2**10),
-            lambda: torch.empty((2**40, 2), device="meta"),
-            lambda: values.to_sparse(),
-            lambda: values.to_sparse_csr(),
-            lambda: torch.quantize_per_tensor(values, 0.1, 0, torch.qint8),
-            lambda: torch.nn.Parameter(values),
-            lambda: values.to(torch.complex64),
-            lambda: values.to(torch.float8_e4m3fn),
-            lambda: values.to(torch.bfloat16),
-            lambda: values.T,
-            lambda: {"a": values},
-            lambda: [values],
-            lambda: "text",
-            lambda: None,
-            lambda: 3,
+            torch_files.View(ones, 0, (2**40,), (0,)),
+            torch_files.View(ones, 0, (2**20, 2**20, 2**10), (0, 0, 0)),
+            torch_files.View(ones, 1, (1,), (1,)),
+            torch_files.View(values, 0, (3, 4), (1, 3)),
+            torch_files.View(values, 11, (4, 3), (-3, -1)),
+            torch_files.Parameter(values),
+            torch_files.Parameter("text"),
+            torch_files.Raw(b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n)R"),
+            torch_files.Raw(b"ctorch._utils\n_rebuild_sparse_tensor\n)R"),
+            torch_files.Raw(b"ctorch._utils\n_rebuild_qtensor\n)R"),
+            values.astype(np.complex64),
+            values.astype(ml_dtypes.float8_e4m3fn),
+            values.astype(ml_dtypes.bfloat16),
+            {"a": values},
+            [values],
+            "text",
+            None,
+            3,
         )
-    )()
+    )
 
 
 STRUCTURE: dict[str, tuple[Callable, ...]] = {

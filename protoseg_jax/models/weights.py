@@ -1,9 +1,9 @@
 """Weights from files: tensors by name, every one accounted for, to our parameters.
 
-Files: `.pth`/`.pt` (needs PyTorch; read with `weights_only=True`, so nothing in them is executed),
-`.safetensors`, and our own `.npz`. A network's module says what its tensors are called elsewhere
-and puts them in our names: `port(tensors, where)` → `Ported`, by way of an `Account`; `ORIGINS`
-says what comes with the weights of each origin.
+Files: PyTorch's `.pth`/`.pt` (`state_dicts` reads them, executing nothing), `.safetensors`, and our
+own `.npz`. A network's module says what its tensors are called elsewhere and puts them in our
+names: `port(tensors, where)` → `Ported`, by way of an `Account`; `ORIGINS` says what comes with the
+weights of each origin.
 """
 
 import dataclasses
@@ -11,11 +11,9 @@ import hashlib
 import importlib.util
 import io
 import itertools
-import pickle
 import re
 import types
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,12 @@ from jaxtyping import Float, Int
 
 from protoseg_jax.errors import UserError, reason
 from protoseg_jax.files import write_atomically
+from protoseg_jax.models import pickles, state_dicts, torch_tensors
 from protoseg_jax.models.prototypes import equal_blocks
 
 _CLEAR = 0.25  # by how much a prototype's largest weight must lead to tell its class
 _DEEPEST = 16  # levels of a tree of parameters, more than any network's
+_SHARED = 4  # times a file's size: all of its tensors, which may be views of the same numbers
 _NAMED, _NAME = 4, 150  # tensors named in a message, of each kind; characters of each name
 
 Tensors = dict[str, np.ndarray]
@@ -160,7 +160,7 @@ def _read(path: Path) -> Tensors:
     """What a file holds, by the reader of its kind.
 
     The libraries that read raise whatever they meet in bytes that are not theirs (a tokenizer's
-    error of NumPy, an index error of PyTorch), and some warn first: all of it is one line here.
+    error of NumPy, say), and some warn first: all of it is one line here.
 
     Raises:
       UserError: the file cannot be read.
@@ -236,31 +236,19 @@ def _read_npz(path: Path) -> Tensors:
 
 def _read_torch(path: Path) -> Tensors:
     try:
-        import torch
-    except ImportError as error:
+        state = state_dicts.load(path)
+    except pickles.Foreign as error:
         raise UserError(
-            f"reading {path} needs PyTorch: pip install torch, or where it is installed turn the "
-            "file into an .npz with `protoseg port`"
-        ) from error
-    with path.open("rb") as file:
-        archive = file.read(4) == b"PK\x03\x04"  # else of PyTorch before 1.6
-    if archive:
-        _check(path)
-    try:
-        # By mmap a tensor cannot reach beyond the file, which the other way is not looked at.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except pickle.UnpicklingError as error:
-        if not archive and not path.read_bytes()[:1] == b"\x80":
-            raise  # a download's error page, say
-        raise UserError(
-            f"weights file {path} holds more than tensors (a whole module?), which would have to "
-            "be executed; where its code is, save torch.save(model.state_dict(), 'weights.pth')"
+            f"weights file {path} holds more than tensors (a whole module?): "
+            f"{named([str(error)])}, which would have to be executed; where its code is, save "
+            "torch.save(model.state_dict(), 'weights.pth')"
         ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
+        isinstance(name, str) and isinstance(tensor, torch_tensors.Tensor)
+        for name, tensor in state.items()
     ):
         raise UserError(
             f"weights file {path} holds no state dict (names → tensors); save "
@@ -268,28 +256,11 @@ def _read_torch(path: Path) -> Tensors:
         )
     size = path.stat().st_size
     for name, tensor in state.items():  # one number may be told to be a thousand
-        if tensor.numel() * tensor.element_size() > size:
+        if tensor.nbytes > size:
             raise ValueError(f"{named([name])} is larger than the file")
-    return {
-        # NumPy has no bfloat16; copied, since the file need not stay as it is.
-        name: np.array((t.float() if t.is_floating_point() else t).detach())
-        for name, t in state.items()
-    }
-
-
-def _check(path: Path) -> None:
-    """Of a zip file's members what PyTorch does not look at: their checksums, and that none is
-    compressed.
-
-    Raises:
-      zipfile.BadZipFile: it is broken; or another error of `zipfile`.
-    """
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"{named([member.filename])} is compressed")
-            if member.CRC:  # 0 where they were not asked for
-                archive.read(member)
+    if sum(tensor.nbytes for tensor in state.values()) > _SHARED * size:
+        raise ValueError("its tensors share their numbers too often")
+    return {name: tensor.array() for name, tensor in state.items()}
 
 
 # By a file's suffix: what reads it.

@@ -14,19 +14,9 @@ from protoseg_jax.models import resnet, weights
 from tests import mutate_weights
 from tests.models import weights as made
 
-TORCH = (".pth", ".pt")
 
-
-@pytest.mark.parametrize(
-    "suffix",
-    [
-        pytest.param(s, marks=[pytest.mark.parity] if s in TORCH else [])
-        for s in mutate_weights.SAMPLES
-    ],
-)
+@pytest.mark.parametrize("suffix", mutate_weights.SAMPLES)
 def test_a_hundred_mutants(suffix, tmp_path):
-    if suffix in TORCH:
-        pytest.importorskip("torch")
     mutants = mutate_weights.Mutants(suffix, seed=1)
     path, found = tmp_path / f"mutant{suffix}", {"loaded": 0, "refused": 0}
     for number in range(100):
@@ -139,37 +129,3 @@ def test_bfloat16(tmp_path):
     got = weights.load(tmp_path / "a.safetensors", resnet).params["backbone"]
     expected = resnet.port(rounded, "made").params["backbone"]
     np.testing.assert_array_equal(got["conv1"]["kernel"], expected["conv1"]["kernel"])
-
-
-@pytest.mark.parity
-def test_pth_files_that_claim_more(tmp_path):
-    """More numbers than are in the file, names that are none, a checksum that is wrong."""
-    torch = pytest.importorskip("torch")
-    path = tmp_path / "a.pth"
-
-    def refused(content, words, change=lambda data: data, **settings):
-        torch.save(content, path, **settings)
-        path.write_bytes(change(path.read_bytes()))
-        with pytest.raises(UserError, match=words):
-            weights.load(path, resnet)
-
-    long = torch.arange(1000.0)
-    for legacy in (False, True):
-        settings = {"_use_new_zipfile_serialization": not legacy}
-        refused({"a": torch.ones(1).expand(2**40)}, "a is larger than the file", **settings)
-        refused({3: torch.ones(1)}, "holds no state dict", **settings)
-        refused({"a": torch.empty(2**40, device="meta")}, "larger than the file", **settings)
-    refused(
-        {"a": long}, "Bad CRC-32", lambda data: data.replace(long.numpy().tobytes()[:64], b"x" * 64)
-    )
-    state_dict = {
-        n: torch.nn.Parameter(torch.tensor(t)) for n, t in torchvision().items() if t.ndim
-    }
-    torch.save(state_dict, path)
-    assert weights.load(path, resnet).depth == 14
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(state_dict, path)
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert weights.load(path, resnet).depth == 14

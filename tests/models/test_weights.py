@@ -80,33 +80,6 @@ def test_all_kinds_of_files_hold_the_same(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, *same)
 
 
-@pytest.mark.parity
-def test_pth_files(tmp_path):
-    torch = pytest.importorskip("torch")
-    state_dict = {n: torch.tensor(t) for n, t in backbone().items()}
-    expected = resnet.port(backbone(), "made")
-    for name, content in (
-        ("plain.pth", state_dict),
-        ("wrapped.pt", {"state_dict": {f"module.{n}": t for n, t in state_dict.items()}}),
-    ):
-        torch.save(content, tmp_path / name)
-        got = files.load(tmp_path / name, resnet)
-        jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
-    torch.save(torch.nn.Conv2d(3, 4, 1), tmp_path / "module.pth")
-    with pytest.raises(UserError, match="whole module.*torch.save.model.state_dict"):
-        files.load(tmp_path / "module.pth", resnet)
-    (tmp_path / "page.pth").write_text("<html>404 not found</html>")
-    with pytest.raises(UserError, match="page.pth cannot be read"):
-        files.load(tmp_path / "page.pth", resnet)
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="no state dict"):
-        files.load(tmp_path / "list.pth", resnet)
-    content = (tmp_path / "plain.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="cut.pth cannot be read"):
-        files.load(tmp_path / "cut.pth", resnet)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
