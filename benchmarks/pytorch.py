@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import authors, full_size, machine
 from protoseg_jax import models
-from protoseg_jax.devices import cores, keep_compiled_programs, split_cpu
+from protoseg_jax.devices import cores, keep_compiled_programs, keep_freed_memory, split_cpu
 from protoseg_jax.inference import shrink_labels
 from protoseg_jax.models import efficientnet
 from protoseg_jax.training import optimizer
@@ -135,6 +135,7 @@ def serve(pipe: Any, side: str, *arguments: Any) -> None:
     """A side's process: send what the others need, then time a step whenever asked."""
     if side == OURS:
         keep_compiled_programs()
+        keep_freed_memory()
         step, job = ours(*arguments)
     else:
         step, job = authors.make(*arguments), None

@@ -29,6 +29,7 @@ def main() -> None:
 
     devices.split_cpu(_DEVICES.value)
     devices.keep_compiled_programs()
+    devices.keep_freed_memory()
     score.score_run(
         _WORKDIR.value,
         _SPLIT.value,

@@ -35,6 +35,7 @@ def main() -> None:
     before = Workdir(_WORKDIR.value).cpu_devices() if _REMOVE.value else None  # it trains
     devices.split_cpu(_DEVICES.value, before=before)
     devices.keep_compiled_programs()
+    devices.keep_freed_memory()
     where = _WORKDIR.value, _SPLIT.value, _IMAGES.value, _OUT.value
     if _REMOVE.value:
         from protoseg_jax.training import removal

@@ -28,4 +28,5 @@ def main(*ids: str) -> None:
 
     devices.split_cpu(_DEVICES.value, before=Workdir(_WORKDIR.value).cpu_devices())
     devices.keep_compiled_programs()
+    devices.keep_freed_memory()
     removal.remove(_WORKDIR.value, ids, _TO.value, force=_FORCE.value)

@@ -49,6 +49,7 @@ def main() -> None:
     )
     devices.start_processes()
     devices.keep_compiled_programs()
+    devices.keep_freed_memory()
     run.train(config, workdir)
     if _SMOKE.value:
         print("--smoke: every phase has run; after three steps each, its scores mean nothing")
