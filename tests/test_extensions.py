@@ -19,8 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vgg", r"model.backbone='vgg' is unknown; choose one of resnet, unet; a module of yours"),
-        (None, "model.backbone='' is unknown; choose one of resnet, unet"),
+        (
+            "vgg",
+            r"model.backbone='vgg' is unknown; choose one of efficientnet, resnet, unet; a module of yours",
+        ),
+        (None, "model.backbone='' is unknown; choose one of efficientnet, resnet, unet"),
         ("nowhere.net", r"model.backbone='nowhere.net' is unknown"),
         ("json", "model.backbone='json' is unknown"),  # not by the way of Python's own modules
         ("json.tool", r"model.backbone='json.tool' \(.*tool.py\) has no 'build'; define it there"),

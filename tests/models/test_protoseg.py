@@ -107,7 +107,7 @@ def test_bfloat16_is_only_computed_in():
     assert 0 < error.max() < 0.05 and np.std(output.features) > 0.05
 
 
-@pytest.mark.parametrize("change", [{"depth": 18}, {"norm": "batch"}, {"head": "mlp"}])
+@pytest.mark.parametrize("change", [{"depth": 20}, {"norm": "batch"}, {"head": "mlp"}])
 def test_unknown_settings_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         models.build(make_config(**change), 2, 4, jnp.float32)
@@ -192,7 +192,7 @@ def test_a_backbone_from_outside_the_package(tmp_path, monkeypatch):
         ("one", "GROUPS"),
         ("none", "has no 'build'"),
         ("broken", "does not import"),
-        ("absent", "choose one of resnet, unet"),
+        ("absent", "choose one of efficientnet, resnet, unet"),
     ):
         config.model.backbone = f"nets_elsewhere.{name}"
         with pytest.raises(UserError, match=words):
