@@ -8,6 +8,8 @@ A backbone is one module, ours or anyone's, with
   decay: a parameter's path, from its group on → whether it decays;
 * if foreign weights are known of it, `port` and `ORIGINS` (`weights`);
 * if it wants one of its own, `PREPROCESSING` (`preprocessing`);
+* if a network may be less than what its weights are for, `uses(config.model, name)`: whether it has
+  that submodule of the backbone;
 * `TWIN_HAS_HEAD = True` if its black-box twin has the same decoder, with D channels, and on top of
   it a last layer in the group `head`; without, the twin's decoder has a channel a class.
 """
@@ -77,6 +79,12 @@ def groups(config: ConfigDict) -> tuple[str, str]:
 def twin_has_head(config: ConfigDict) -> bool:
     """Whether the black-box twin of a config's network is a `LinearTwin`."""
     return getattr(network(config), "TWIN_HAS_HEAD", False)
+
+
+def uses(config: ConfigDict, name: str) -> bool:
+    """Whether the network of a config has that submodule of its backbone's weights."""
+    asked = getattr(network(config), "uses", None)
+    return asked is None or asked(config, name)
 
 
 def decay(config: ConfigDict) -> dict[str, Callable[[tuple[str, ...]], bool]]:

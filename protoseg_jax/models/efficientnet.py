@@ -78,12 +78,19 @@ def build(config: ConfigDict, channels: int, dtype: jnp.dtype) -> tuple[nn.Modul
     models.require("norm", config.norm, ("frozen_batch",))
     models.require("output_stride", config.output_stride, (8, 16, 32))
     stages = tuple(config.stages)
-    if not stages or list(stages) != sorted(set(stages) & set(range(1, len(ROWS) + 1))):
+    known = all(type(n) is int and 1 <= n <= len(ROWS) for n in stages)
+    if not (stages and known) or list(stages) != sorted(set(stages)):
         raise UserError(
             f"config.model.stages is {stages}; name rows of EfficientNet in ascending order, from "
             f"1 to {len(ROWS)}"
         )
     return Encoder(config.depth, config.output_stride, stages, dtype), Decoder(channels, dtype)
+
+
+def uses(config: ConfigDict, name: str) -> bool:
+    """Whether a block comes before the end of the last row that is asked for."""
+    blocks = sum(row.blocks for row in rows(config.depth)[: config.stages[-1]])
+    return not name.startswith("block") or int(name.removeprefix("block")) < blocks
 
 
 class Block(nn.Module):

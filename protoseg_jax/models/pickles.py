@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-_LONGEST = 2**20  # opcodes; a tensor takes about 30
+_LONGEST = 2**20  # opcodes, and items of what is called with; a tensor takes about 30
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -57,7 +57,7 @@ def update(target: dict, items: Iterable[tuple[Any, Any]]) -> None:
 
 
 def _run(stream: io.BytesIO, table: Mapping[str, Any], persistent_load: Callable | None) -> Any:
-    stack, outer, memo = [], [], {}  # outer: the stacks below each mark
+    stack, outer, memo, given = [], [], {}, 0  # outer: the stacks below each mark
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count == _LONGEST:
             raise ValueError("its pickle is longer than a state dict's")
@@ -108,15 +108,29 @@ def _run(stream: io.BytesIO, table: Mapping[str, Any], persistent_load: Callable
                 stack.append(table[argument])
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
+                given += _items(arguments)  # of a memo, one may be given any number of times
+                if given > _LONGEST:
+                    raise ValueError("its pickle repeats itself more than a state dict's")
                 stack.append(_of_type(function, types.FunctionType)(*_of_type(arguments, tuple)))
             case "BUILD":  # attributes, like `_metadata`, which nothing needs
                 stack.pop()
                 _of_type(stack[-1], collections.OrderedDict)
             case "BINPERSID" if persistent_load is not None:
+                given += _items(stack[-1])
+                if given > _LONGEST:
+                    raise ValueError("its pickle repeats itself more than a state dict's")
                 stack.append(persistent_load(stack.pop()))
             case name:
                 raise ValueError(f"its pickle has {name}, which a state dict's has not")
     raise ValueError("its pickle has no end")
+
+
+def _items(arguments: Any) -> int:
+    """How many items a tuple has, and the tuples, lists and dicts in it."""
+    if type(arguments) is not tuple:
+        return 0
+    held = [a for a in arguments if type(a) in (tuple, list, dict, collections.OrderedDict)]
+    return len(arguments) + sum(map(len, held))
 
 
 def _of_type(value: Any, *kinds: type) -> Any:

@@ -51,7 +51,8 @@ def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) ->
         if path and Path(path).is_dir():
             follow(config, _other_run(path).config().model)
         elif path:
-            follow(config, network.ORIGINS[weights.load(path, network).origin])
+            origin = weights.load(path, network).origin
+            follow(config, network.ORIGINS[origin])
         else:
             follow(config, next(iter(getattr(network, "ORIGINS", {}).values()), _FROM_SCRATCH))
     if model.preprocessing == "data" and not model.mean:
@@ -139,6 +140,8 @@ def with_weights(experiment: Experiment, ported: weights.Ported, path: str) -> C
         needed = models.groups(model)[:1] if classes is None else ours
         for group in {**dict.fromkeys(needed), **theirs}:
             tree = theirs.get(group, {})
+            if group == models.groups(model)[0]:
+                tree = {name: x for name, x in tree.items() if models.uses(model, name)}
             if _shapes(ours.get(group, {})) != _shapes(tree):
                 raise UserError(
                     f"the {group} of weights {path} ({ported.origin}, depth {ported.depth}) "

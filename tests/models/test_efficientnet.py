@@ -88,6 +88,16 @@ def test_a_finer_map_is_the_coarse_one_at_its_points(ported, size, first):
     np.testing.assert_allclose(got, coarse, rtol=1e-4, atol=1e-4 * np.abs(coarse).max())
 
 
+def test_weights_of_rows_after_the_last_stage_are_left_out(ported):
+    config = configs.default().model
+    config.update(backbone="efficientnet", depth=0, stages=(2, 5))
+    backbone = models.network(config).build(config, 8, jnp.float32)[0]
+    shapes = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    for collection in ("params", "frozen"):
+        given = getattr(ported, collection)["backbone"]
+        assert {n for n in given if models.uses(config, n)} == set(shapes[collection]) != set(given)
+
+
 def test_every_tensor_has_its_place(ported):
     tensors = state_dict()
     kernels = [np.asarray(k) for k in jax.tree.leaves(ported.params)]
@@ -146,6 +156,7 @@ def test_an_installed_package_is_found_by_its_name_and_checked(tmp_path, monkeyp
         ("stages", (3, 8), "rows of EfficientNet in ascending order, from 1 to 7"),
         ("stages", (5, 3), "ascending"),
         ("stages", (), "ascending"),
+        ("stages", (3.0, 5.0), "ascending"),
         ("depth", 5, "choose one of: 0, 1, 2, 3, 4"),
         ("output_stride", 4, "choose one of: 8, 16, 32"),
         ("norm", "group", "choose one of: frozen_batch"),

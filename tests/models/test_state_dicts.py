@@ -288,6 +288,18 @@ STORAGE = b"(X\x07\0\0\0storagectorch\n%bStorage\nX\x01\0\0\x000X\0\0\0\0K%ctQ"
         (b"}" + b"\x85" * 10**6 + b"Ns", "its pickle is broken"),
         (b"})" + b"\x85" * 10**6 + b"Ns", "neither a name nor a number"),
         (b"}" * 2**20, "longer than a state dict's"),
+        # A function called 2,000 times with the same list or tuple of 2,000 items.
+        (
+            b"ccollections\nOrderedDict\nq\x00]("
+            + b"X\x01\0\0\0aK\x01\x86" * 2000
+            + b"e\x85q\x01"
+            + b"h\x00h\x01R" * 2000,
+            "repeats itself",
+        ),
+        (
+            b"ctorch\nSize\nq\x00(" + b"K\x01" * 2000 + b"t\x85q\x01" + b"h\x00h\x01R" * 2000,
+            "repeats itself",
+        ),
         (b"]r\xff\xff\xff\xff", None),
         (b"X\xff\xff\xff\x7f", "expected 2147483647 bytes"),
         (b"\x8d" + b"\xff" * 8, "cannot be read"),
