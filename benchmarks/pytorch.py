@@ -1,7 +1,7 @@
 """Our joint step and forward pass against PyTorch's on the same CPU, in turn.
 
-    python -m benchmarks.pytorch [--cases=resnet101,msc,em,camvid,demo,forward] [--rounds=3]
-        [--devices=2] [--diversity=0.25] [--out=FILE]
+    python -m benchmarks.pytorch [--cases=resnet101,msc,em,camvid,demo,forward,lite0,lite0_forward]
+        [--rounds=3] [--devices=2] [--diversity=0.25] [--out=FILE]
 
 PyTorch's side is the authors' form of the same network, loss and optimiser (benchmarks/authors.py)
 over the same weights and images, in each of its two memory layouts, with as many threads as there
@@ -92,7 +92,9 @@ def ours(task: Task, devices: int, diversity: float) -> tuple[Callable[[], float
     normal = case.inference.preprocessing
     job = {
         "model": config.model.to_dict(),
-        "rows": efficientnet.rows(config.model.depth) if "stages" in task.model else None,
+        "rows": efficientnet.rows(config.model.depth)
+        if config.model.backbone == "efficientnet"
+        else None,
         "parameters": {**flat(case.variables.get("frozen", {})), **params},
         "normal": tuple(np.array(x, np.float32) for x in (normal.mean, normal.std)),
     }

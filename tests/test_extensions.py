@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
     [
         (
             "vgg",
-            ".vgg. is unknown; choose one of efficientnet, resnet, unet; a module of yours",
+            "model.backbone='vgg' is unknown; choose one of efficientnet, resnet, unet; "
+            "a module of yours",
         ),
         (None, "model.backbone='' is unknown; choose one of efficientnet, resnet, unet"),
         ("nowhere.net", r"model.backbone='nowhere.net' is unknown"),

@@ -15,59 +15,47 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from protoseg_jax.models.layers import same_pads, taps
+from protoseg_jax.models.layers import by_platform, same_pads, sum_over_strips, taps, wanted
 
 _STRIP = 1 << 16  # numbers of a strip of x: 256 KiB
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve_depthwise(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], stride: int = 1, dilation: int = 1
 ) -> Float[Array, "b H W c"]:
     """y[…, c] = x[…, c] ⋆ kernel[…, c], padded by `layers.same_pads`, in the dtype of x."""
-    pads = same_pads(x.shape, kernel.shape[0], stride, dilation)
-    return _depthwise(x, kernel, stride, dilation, pads)
+    return by_platform(_by_taps, _grouped, x, kernel, stride=stride, dilation=dilation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _depthwise(x, kernel, stride, dilation, pads):
-    how = {"stride": stride, "dilation": dilation, "pads": pads}
-    forms = [functools.partial(form, **how) for form in (_by_taps, _grouped)]
-    return jax.lax.platform_dependent(x, kernel, cpu=forms[0], default=forms[1])
+def _depthwise_fwd(x, kernel, stride, dilation):
+    x, kernel, asked = x.value, kernel.value, wanted(x, kernel)
+    return convolve_depthwise(x, kernel, stride, dilation), (x, kernel, asked)
 
 
-def _depthwise_fwd(x, kernel, stride, dilation, pads):
-    # What is to be differentiated travels in the tree's structure: () for yes, None for no.
-    wanted = [() if argument.perturbed else None for argument in (x, kernel)]
-    x, kernel = x.value, kernel.value
-    return _depthwise(x, kernel, stride, dilation, pads), (x, kernel, wanted)
-
-
-def _depthwise_bwd(stride, dilation, pads, kept, g):
-    x, kernel, wanted = kept
-    how = {"stride": stride, "dilation": dilation, "pads": pads}
+def _depthwise_bwd(stride, dilation, kept, g):
+    x, kernel, asked = kept
+    how = {"stride": stride, "dilation": dilation}
     dx = dkernel = None
-    if wanted[0] is not None:
-        forms = [functools.partial(form, **how, shape=x.shape) for form in (_dx, _grouped_dx)]
-        dx = jax.lax.platform_dependent(g, kernel, cpu=forms[0], default=forms[1])
-    if wanted[1] is not None:
-        size = kernel.shape[0]
-        forms = [functools.partial(form, **how, size=size) for form in (_dk, _grouped_dk)]
-        dkernel = jax.lax.platform_dependent(x, g, cpu=forms[0], default=forms[1])
+    if asked[0] is not None:
+        dx = by_platform(_dx, _grouped_dx, g, kernel, shape=x.shape, **how)
+    if asked[1] is not None:
+        dkernel = by_platform(_dk, _grouped_dk, x, g, size=kernel.shape[0], **how)
     return dx, dkernel
 
 
-_depthwise.defvjp(_depthwise_fwd, _depthwise_bwd, symbolic_zeros=True)
+convolve_depthwise.defvjp(_depthwise_fwd, _depthwise_bwd, symbolic_zeros=True)
 
 
 # -- XLA's ---------------------------------------------------------------------------------------
 
 
-def _grouped(x, kernel, *, stride, dilation, pads):
+def _grouped(x, kernel, *, stride, dilation):
     return jax.lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
         (stride, stride),
-        pads,
+        "SAME",
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[3],
@@ -87,25 +75,19 @@ def _grouped_dk(x, g, *, size, **how):
 # -- ours ----------------------------------------------------------------------------------------
 
 
-def _by_taps(x, kernel, *, stride, dilation, pads):
-    size, (rows, cols) = kernel.shape[0], _windows(x, kernel.shape[0], stride, dilation, pads)
-    x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+def _by_taps(x, kernel, *, stride, dilation):
+    size, (rows, cols) = kernel.shape[0], (-(-n // stride) for n in x.shape[1:3])
+    x = jnp.pad(x, [(0, 0), *same_pads(x.shape, size, stride, dilation), (0, 0)])
     kernel = kernel.astype(x.dtype).reshape(size * size, -1)
     seen = taps(x, rows, cols, size, stride, dilation)
     return sum(tap * k for tap, k in zip(seen, kernel, strict=True))
 
 
-def _windows(x, size, stride, dilation, pads):
-    """Rows and columns of the result."""
-    reach = dilation * (size - 1) + 1
-    return [(n + sum(p) - reach) // stride + 1 for n, p in zip(x.shape[1:3], pads, strict=True)]
-
-
-def _dx(g, kernel, *, shape, stride, dilation, pads):
+def _dx(g, kernel, *, shape, stride, dilation):
     """Points of one place modulo the stride have the same taps: each such phase is a sum of shifted
     g, and the phases are put together."""
     size, sizes = kernel.shape[0], shape[1:3]
-    before = [pad[0] for pad in pads]
+    before = [pad[0] for pad in same_pads(shape, size, stride, dilation)]
     cells = [-(-(n + b) // stride) for n, b in zip(sizes, before, strict=True)]  # of each phase
     lead = dilation * (size - 1) // stride
     after = [max(n - m, 0) for n, m in zip(cells, g.shape[1:3], strict=True)]
@@ -129,27 +111,16 @@ def _dx(g, kernel, *, shape, stride, dilation, pads):
     return whole[:, before[0] : before[0] + sizes[0], before[1] : before[1] + sizes[1]]
 
 
-def _dk(x, g, *, size, stride, dilation, pads):
+def _dk(x, g, *, size, stride, dilation):
     """Over strips of rows, of what each tap sees the product with g, summed in float32."""
-    (b, height, width, c), (_, rows, cols, _) = x.shape, g.shape
-    (top, _), sides = pads
-    strips = -(-rows // max(1, _STRIP // (width * c * stride)))
-    deep = -(-rows // strips)
-    seen = (deep - 1) * stride + dilation * (size - 1) + 1
-    below = (strips * deep - deep) * stride + seen - height - top  # may crop
-    widths = [(0, 0, 0), (top, below, 0), (*sides, 0), (0, 0, 0)]
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
-    g = jnp.pad(g, [(0, 0), (0, strips * deep - rows), (0, 0), (0, 0)])
+    width, c = x.shape[2:]
+    pads = same_pads(x.shape, size, stride, dilation)
 
-    def add(number, total):
-        image, first = number // strips, number % strips * deep
-        part = jax.lax.dynamic_slice(x, (image, first * stride, 0, 0), (1, seen, *x.shape[2:]))
-        own = jax.lax.dynamic_slice(g, (image, first, 0, 0), (1, deep, cols, c))
-        products = [own * tap for tap in taps(part, deep, cols, size, stride, dilation)]
-        sums = [p.sum(1, dtype=jnp.float32).sum((0, 1)) for p in products]
-        return total + jnp.stack(sums)
+    def of_strip(seen, own):
+        return jnp.stack([(own * tap).sum(1, dtype=jnp.float32).sum((0, 1)) for tap in seen])
 
-    total = jax.lax.fori_loop(0, b * strips, add, jnp.zeros((size * size, c)))
+    most = _STRIP // (width * c * stride)
+    total = sum_over_strips(of_strip, (size * size, c), most, x, g, size, stride, dilation, pads)
     return total.reshape(size, size, 1, c)
 
 

@@ -88,9 +88,10 @@ def build(config: ConfigDict, channels: int, dtype: jnp.dtype) -> tuple[nn.Modul
 
 
 def uses(config: ConfigDict, name: str) -> bool:
-    """Whether a block comes before the end of the last row that is asked for."""
-    blocks = sum(row.blocks for row in rows(config.depth)[: config.stages[-1]])
-    return not name.startswith("block") or int(name.removeprefix("block")) < blocks
+    """All but the blocks of the rows after the last one that is asked for."""
+    counts = [row.blocks for row in rows(config.depth)]
+    first = sum(counts[: config.stages[-1]])
+    return name not in {f"block{n}" for n in range(first, sum(counts))}
 
 
 class Block(nn.Module):

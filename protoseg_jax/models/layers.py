@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,24 +79,32 @@ def _forward(x, kernel, stride, dilation, pads):
 
 
 def _convolve_fwd(x, kernel, stride, dilation, pads):
-    # What is to be differentiated travels in the tree's structure: () for yes, None for no.
-    wanted = [() if argument.perturbed else None for argument in (x, kernel)]
-    x, kernel = x.value, kernel.value
-    return _forward(x, kernel, stride, dilation, pads), (x, kernel, wanted)
+    x, kernel, asked = x.value, kernel.value, wanted(x, kernel)
+    return _forward(x, kernel, stride, dilation, pads), (x, kernel, asked)
 
 
 def _convolve_bwd(stride, dilation, pads, kept, g):
-    x, kernel, wanted = kept
+    x, kernel, asked = kept
     dx = dkernel = None
-    if wanted[0] is not None:
+    if asked[0] is not None:
         (dx,) = jax.linear_transpose(lambda x: _forward(x, kernel, stride, dilation, pads), x)(g)
-    if wanted[1] is not None:
-        size = kernel.shape[0]
+    if asked[1] is not None:
         elsewhere = _by_phases if dilation > 1 and stride == 1 else _by_transposition
-        how = {"size": size, "stride": stride, "dilation": dilation, "pads": pads}
-        forms = [functools.partial(form, **how) for form in (_by_strips, elsewhere)]
-        dkernel = jax.lax.platform_dependent(x, g, cpu=forms[0], default=forms[1])
+        how = {"size": kernel.shape[0], "stride": stride, "dilation": dilation, "pads": pads}
+        dkernel = by_platform(_by_strips, elsewhere, x, g, **how)
     return dx, dkernel
+
+
+def wanted(*arguments) -> list[tuple | None]:
+    """What is to be differentiated of a custom gradient's arguments, with symbolic zeros: it
+    travels in a tree's structure, () for yes, None for no."""
+    return [() if argument.perturbed else None for argument in arguments]
+
+
+def by_platform(on_cpu: Callable, elsewhere: Callable, *arrays: Array, **how: Any) -> Array:
+    """One of two forms of the same function of arrays, with settings."""
+    forms = [functools.partial(form, **how) for form in (on_cpu, elsewhere)]
+    return jax.lax.platform_dependent(*arrays, cpu=forms[0], default=forms[1])
 
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd, symbolic_zeros=True)
@@ -141,10 +151,34 @@ def _by_strips(x, g, *, size, stride, dilation, pads) -> Float[Array, "k k i o"]
     map, for a 1×1 kernel, is no better: XLA transposes x for it, and to do so computes x anew, in a
     ResNet the sums of all blocks before.
     """
-    (b, height, _, channels), (_, rows, cols, out) = x.shape, g.shape
-    (top, _), sides, columns = *pads, size * size * channels
+    (channels, out), cols, columns = (x.shape[3], g.shape[3]), g.shape[2], size * size * x.shape[3]
     points = max(_STRIP // columns, 4 * channels)
-    strips = -(-rows // max(1, points // cols))
+
+    def of_strip(seen, own):
+        copies = jnp.concatenate(seen, 3).reshape(-1, columns)
+        return jnp.matmul(own.reshape(-1, out).T, copies, preferred_element_type=jnp.float32)
+
+    total = sum_over_strips(
+        of_strip, (out, columns), points // cols, x, g, size, stride, dilation, pads
+    )
+    return total.T.reshape(size, size, channels, out)
+
+
+def sum_over_strips(
+    of_strip: Callable[[list, Array], Array],
+    shape: tuple[int, ...],
+    most: int,
+    x: Float[Array, "b h w i"],
+    g: Float[Array, "b H W o"],
+    size: int,
+    stride: int,
+    dilation: int,
+    pads: Pads,
+) -> Float[Array, "*shape"]:
+    """Σ in float32 of a function over strips of at most so many rows of g, or one: of what each tap
+    of a kernel sees of x there, and of g there."""
+    (b, height, *_), (_, rows, cols, out), ((top, _), sides) = x.shape, g.shape, pads
+    strips = -(-rows // max(1, most))
     deep = -(-rows // strips)
     seen = (deep - 1) * stride + dilation * (size - 1) + 1
     below = (strips * deep - deep) * stride + seen - height - top  # may crop
@@ -153,17 +187,12 @@ def _by_strips(x, g, *, size, stride, dilation, pads) -> Float[Array, "k k i o"]
     g = jnp.pad(g, [(0, 0), (0, strips * deep - rows), (0, 0), (0, 0)])
 
     def add(number, total):
-        image, strip = number // strips, number % strips
-        first, shape = strip * deep, (1, seen, *x.shape[2:])
-        part = jax.lax.dynamic_slice(x, (image, first * stride, 0, 0), shape)
-        seen_by = taps(part, deep, cols, size, stride, dilation)
-        copies = jnp.concatenate(seen_by, 3).reshape(-1, columns)
+        image, first = number // strips, number % strips * deep
+        part = jax.lax.dynamic_slice(x, (image, first * stride, 0, 0), (1, seen, *x.shape[2:]))
         own = jax.lax.dynamic_slice(g, (image, first, 0, 0), (1, deep, cols, out))
-        own = own.reshape(-1, out).T
-        return total + jnp.matmul(own, copies, preferred_element_type=jnp.float32)
+        return total + of_strip(taps(part, deep, cols, size, stride, dilation), own)
 
-    total = jax.lax.fori_loop(0, b * strips, add, jnp.zeros((out, columns)))
-    return total.T.reshape(size, size, channels, out)
+    return jax.lax.fori_loop(0, b * strips, add, jnp.zeros(shape))
 
 
 def taps(x, rows, cols, size, stride, dilation) -> list[Float[Array, "b H W i"]]:

@@ -108,29 +108,28 @@ def _run(stream: io.BytesIO, table: Mapping[str, Any], persistent_load: Callable
                 stack.append(table[argument])
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                given += _items(arguments)  # of a memo, one may be given any number of times
-                if given > _LONGEST:
-                    raise ValueError("its pickle repeats itself more than a state dict's")
+                given = _counted(given, arguments)
                 stack.append(_of_type(function, types.FunctionType)(*_of_type(arguments, tuple)))
             case "BUILD":  # attributes, like `_metadata`, which nothing needs
                 stack.pop()
                 _of_type(stack[-1], collections.OrderedDict)
             case "BINPERSID" if persistent_load is not None:
-                given += _items(stack[-1])
-                if given > _LONGEST:
-                    raise ValueError("its pickle repeats itself more than a state dict's")
+                given = _counted(given, stack[-1])
                 stack.append(persistent_load(stack.pop()))
             case name:
                 raise ValueError(f"its pickle has {name}, which a state dict's has not")
     raise ValueError("its pickle has no end")
 
 
-def _items(arguments: Any) -> int:
-    """How many items a tuple has, and the tuples, lists and dicts in it."""
-    if type(arguments) is not tuple:
-        return 0
-    held = [a for a in arguments if type(a) in (tuple, list, dict, collections.OrderedDict)]
-    return len(arguments) + sum(map(len, held))
+def _counted(given: int, arguments: Any) -> int:
+    """How many items have been given, with those of a tuple and of what it holds: by the memo a few
+    bytes may give a long list again and again."""
+    if type(arguments) is tuple:
+        held = [a for a in arguments if type(a) in (tuple, list, dict, collections.OrderedDict)]
+        given += len(arguments) + sum(map(len, held))
+    if given > _LONGEST:
+        raise ValueError("its pickle repeats itself more than a state dict's")
+    return given
 
 
 def _of_type(value: Any, *kinds: type) -> Any:

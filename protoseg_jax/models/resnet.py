@@ -89,6 +89,11 @@ class Bottleneck(nn.Module):
         return nn.relu(convolved(increase, norm(name="norm3"), x) + shortcut)
 
 
+def projects(depth: int, stage: int, block: int) -> bool:
+    """Whether a block's shortcut is a convolution: where it has not its output's shape."""
+    return block == 0 and not (depth in BASIC and stage == 0)
+
+
 class Basic(nn.Module):
     """3×3 → 3×3 with a shortcut, of depths 18 and 34.
 
@@ -154,7 +159,7 @@ class ResNet(nn.Module):
         for stage, (stride, dilation) in enumerate(STAGES[self.output_stride]):
             for block in range(BLOCKS[self.depth][stage]):
                 first, name = block == 0, f"layer{stage + 1}_{block}"
-                project = first and not (basic and stage == 0)  # whose shortcut has its shape
+                project = projects(self.depth, stage, block)
                 place = self.width * 2**stage, stride if first else 1, dilation, project
                 x = make(*place, **settings, name=name)(x)
         return x
@@ -240,7 +245,7 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
         ours, inner = f"layer{stage + 1}_{block}", width * 2**stage
         prefix = where_block.format(first[0] + stage, first[1] + block)
         outer = expansion * inner
-        project = block == 0 and not (basic and stage == 0)
+        project = projects(depth, stage, block)
         shapes = {"downsample_conv": (outer, channels, 1, 1)} if project else {}
         if basic:
             shapes |= {"conv1": (inner, channels, 3, 3), "conv2": (inner, inner, 3, 3)}

@@ -321,7 +321,8 @@ class Account:
     def affine(
         self, name: str, channels: int, epsilon: float = 1e-5
     ) -> dict[str, Float[np.ndarray, " c"]]:
-        """A BatchNorm as `FrozenBatchNorm`: scale = γ / √(σ² + ε), bias = β − μ · scale."""
+        """A BatchNorm as `FrozenBatchNorm`: scale = γ / √(σ² + ε), bias = β − μ · scale; ε by
+        default PyTorch's."""
         gamma, beta, mean, variance = (
             self.take(f"{name}.{n}", (channels,))
             for n in ("weight", "bias", "running_mean", "running_var")

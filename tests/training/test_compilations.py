@@ -23,14 +23,17 @@ def test_steps_after_a_phases_first_compile_nothing(tmp_path, monkeypatch):
         log(live, board, phase, number, *rest)
 
     monkeypatch.setattr(loop, "_log", spy)
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: events.append(name) if name == COMPILED else None
-    )
+
+    def listen(name, *_, **__):
+        events.extend([name] * (name == COMPILED))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     live = begin(config, tmp_path / "run")
     try:
         runs.go(live)
     finally:
         live.workdir.release()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert list(seen) == ["warmup", "joint"] and len(events) >= 2
     for windows in seen.values():
         numbers, compiled = zip(*windows, strict=True)
