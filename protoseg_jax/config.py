@@ -51,11 +51,12 @@ def default() -> ConfigDict:
     c.augment.scale = (0.5, 1.5)  # smallest and largest
     c.augment.turns = False  # by quarters, for images without an up and a down
     c.augment.elastic = 0.0  # deviation of the displacements, in pixels of the crop; 0: none
+    c.augment.views = 0  # crops of each image that a frozen backbone sees, once; 0: always new ones
 
     c.model = ConfigDict()
     c.model.backbone = "resnet"  # "unet" or "efficientnet": a file of models, or a dotted path
     c.model.depth = 101  # layers of the ResNet; halvings of the U-Net; n of EfficientNet-Lite n
-    c.model.width = 64  # channels of the first stage
+    c.model.width = 64  # channels of the first stage; EfficientNet: of the decoder's sum
     c.model.norm = "frozen_batch"  # ResNet: or "group", to train from scratch
     c.model.stride_in = "auto"  # ResNet: "3x3" or "1x1", which convolution strides; as the weights
     c.model.output_stride = 8  # pixels of an image to a point of its map, of the coarsest one

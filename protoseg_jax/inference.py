@@ -93,6 +93,14 @@ class Inference:
         """What training learns from: with MSC every scale's output and the fused one (device)."""
         return self.model.apply(variables, self.preprocessing.normalise(images), method="outputs")
 
+    def encode(self, variables: Mapping[str, Any], images: UInt8[Array, "b h w 3"]) -> Any:
+        """What the backbone says, which is all that a frozen one is needed for (device)."""
+        return self.model.apply(variables, self.preprocessing.normalise(images), method="encode")
+
+    def outputs_of(self, variables: Mapping[str, Any], encoded: Any) -> list[Output]:
+        """`outputs` of what `encode` says; variables need no backbone (device)."""
+        return self.model.apply(variables, encoded, method="outputs_of")
+
     def with_flips(self, turns: bool) -> "Inference":
         """The same with averaging over mirror images: left–right; and top–bottom, and both, where
         the augmentation turns images (`augment.turns`), so that they have no up and down."""

@@ -73,7 +73,8 @@ def rows(variant: int) -> tuple[Row, ...]:
 
 
 def build(config: ConfigDict, channels: int, dtype: jnp.dtype) -> tuple[nn.Module, nn.Module]:
-    """By depth (the variant), output_stride and stages, the rows whose maps the decoder gets."""
+    """By depth (the variant), output_stride, stages, the rows whose maps the decoder gets, and
+    width, its channels before its last convolution."""
     models.require("depth", config.depth, VARIANTS)
     models.require("norm", config.norm, ("frozen_batch",))
     models.require("output_stride", config.output_stride, (8, 16, 32))
@@ -84,7 +85,8 @@ def build(config: ConfigDict, channels: int, dtype: jnp.dtype) -> tuple[nn.Modul
             f"config.model.stages is {stages}; name rows of EfficientNet in ascending order, from "
             f"1 to {len(ROWS)}"
         )
-    return Encoder(config.depth, config.output_stride, stages, dtype), Decoder(channels, dtype)
+    encoder = Encoder(config.depth, config.output_stride, stages, dtype)
+    return encoder, Decoder(channels, config.width, dtype)
 
 
 def uses(config: ConfigDict, name: str) -> bool:

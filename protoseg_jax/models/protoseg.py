@@ -5,7 +5,7 @@ element-wise maximum over the image and its smaller copies; training also learns
 """
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -75,6 +75,14 @@ class BlackBox(nn.Module):
     def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
         """All that training learns from, each at the size of its own map."""
         return [self.classify(m.astype(jnp.float32)) for m in self.maps(images)]
+
+    def encode(self, images: Float[Array, "b H W 3"]) -> Any:
+        """The backbone's map or maps alone."""
+        return self.backbone(images)
+
+    def outputs_of(self, encoded: Any) -> list[Output]:
+        """`outputs` of images of which this is what `encode` says; not with MSC."""
+        return [self.classify(self.decoder(encoded).astype(jnp.float32))]
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
         """Normalised images → what inference says, at the size of the whole image's map."""

@@ -15,17 +15,19 @@ class Decoder(nn.Module):
 
     Attributes:
       channels: of the result.
+      width: channels of the sum.
       dtype: of the computation; the result is float32.
     """
 
     channels: int
+    width: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, maps: tuple[Float[Array, "b h w c"], ...]) -> Float[Array, "b h w o"]:
         size, total = maps[0].shape[1:3], 0
         for number, x in enumerate(maps):
-            x = nn.Dense(self.channels, dtype=self.dtype, name=f"lateral{number}")(x)
+            x = nn.Dense(self.width, dtype=self.dtype, name=f"lateral{number}")(x)
             scale = size[0] / x.shape[1], size[1] / x.shape[2]
             total += x if x.shape[1:3] == size else resize(x, size, scale)
         x = Conv(self.channels, 3, dtype=self.dtype, name="smooth_conv")(nn.relu(total))

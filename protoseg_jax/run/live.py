@@ -2,7 +2,10 @@
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from protoseg_jax.devices import on_any_process
 from protoseg_jax.program import Interrupts
@@ -20,11 +23,16 @@ class Live:
       experiment: what its config says.
       workdir: its folder.
       interrupts: signals that strike while it is at work.
+      batches: the training batches from a number on; by default the experiment's.
     """
 
     experiment: Experiment
     workdir: Workdir
     interrupts: Interrupts = dataclasses.field(default_factory=Interrupts)
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]] | None = None
+
+    def __post_init__(self):
+        self.batches = self.batches or self.experiment.train_batches
 
     def asked_to_stop(self) -> int:
         """The signal that asked any process to stop, or 0; all must call this at the same place."""

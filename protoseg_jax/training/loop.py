@@ -71,7 +71,7 @@ def run(
         return clock.checkpoint(number, arrays, finished=finished)
 
     pending: list[dict[str, jax.Array]] = []
-    batches = pool.prefetch(experiment.train_batches(first_batch + begun))
+    batches = pool.prefetch(live.batches(first_batch + begun))
     window = time.monotonic()
     with Progress(phase.name, phase.steps, begun) as progress:
         for number in range(begun + 1, phase.steps + 1):

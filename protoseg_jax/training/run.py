@@ -20,7 +20,7 @@ from protoseg_jax.run.experiment import Experiment
 from protoseg_jax.run.live import Live
 from protoseg_jax.run.phases import Phase
 from protoseg_jax.run.workdir import Workdir
-from protoseg_jax.training import loop
+from protoseg_jax.training import loop, views
 from protoseg_jax.training import start as starts
 
 _SCORES = ("miou", "pixel_accuracy", "pixel_error", "overlap")
@@ -48,6 +48,7 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
     losses.terms(config.loss, np.zeros(0, np.int64), experiment.num_classes)
     measures.modules(config.measures)
     _ = experiment.augmentation
+    views.check(experiment)
     for key in ("crop_size", "eval_size"):
         size = tuple(config[key])
         points = (0, 0)
@@ -138,6 +139,9 @@ def go(live: Live, first: Checkpoint | None = None) -> None:
         state = first or starts.initial(experiment)
         if experiment.config.model.prototype_init == "patches" and not experiment.black_box:
             state = starts.on_patches(experiment, state)
+    left = [p for p in experiment.phases[at:] if p.name not in scored]
+    if experiment.config.augment.views and any(p.kind == "train" for p in left):
+        live.batches = views.batches(experiment, state)
     for phase in experiment.phases[at:]:
         if phase.name in scored:
             continue

@@ -73,7 +73,8 @@ def make_step(
     Returns:
       step(state, frozen, constants, batch) → (state, metrics): `frozen` are the other parameter
       groups, `constants` the model's non-parameter variables, `batch` has "image" uint8 [b H W 3]
-      and "label" uint8 [b H W]; metrics are scalars, equal on every device.
+      and "label" uint8 [b H W], or in their place (`views`) "maps", what the backbone says, and
+      "label" Y_Z; metrics are scalars, equal on every device.
     """
     of_points = [term for term in terms if isinstance(term, Term)]
     penalties = [term for term in terms if isinstance(term, Penalty)]
@@ -83,9 +84,14 @@ def make_step(
         counts = psum({term.name: term.count(labels) for term in of_points})
         return jax.tree.map(lambda n: jnp.where(n > 0, n, 1.0), counts)
 
-    def loss(trainable, frozen, constants, images, labels, counts):
+    def outputs(variables, seen):
+        if "maps" in seen:
+            return inference.outputs_of(variables, seen["maps"])
+        return inference.outputs(variables, seen["image"])
+
+    def loss(trainable, frozen, constants, seen, labels, counts):
         variables = {"params": {**frozen, **trainable}, **constants}
-        values = losses.means(of_points, inference.outputs(variables, images), labels, counts)
+        values = losses.means(of_points, outputs(variables, seen), labels, counts)
         return losses.objective(of_points, values), values
 
     def step(state: TrainState, frozen, constants, batch):
@@ -93,21 +99,18 @@ def make_step(
         counts = [denominators(own) for own in labels]
         # The sum over devices comes first: on a CPU it keeps a thread until the other devices are
         # there too, which may be in the middle of their forward pass.
-        images, counts = jax.lax.optimization_barrier((batch["image"], counts))
+        seen = {name: x for name, x in batch.items() if name != "label"}
+        seen, counts = jax.lax.optimization_barrier((seen, counts))
         gradient = jax.value_and_grad(loss, has_aux=True)
 
-        def micro_step(images, labels):
-            (_, values), grads = gradient(
-                state.trainable, frozen, constants, images, labels, counts
-            )
+        def micro_step(seen, labels):
+            (_, values), grads = gradient(state.trainable, frozen, constants, seen, labels, counts)
             return grads, values
 
         if accumulate == 1:
-            grads, values = micro_step(images, labels)
+            grads, values = micro_step(seen, labels)
         else:
-            micro = jax.tree.map(
-                lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (images, labels)
-            )
+            micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (seen, labels))
             sums = jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], micro))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
             (grads, values), _ = jax.lax.scan(
