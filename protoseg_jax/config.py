@@ -63,6 +63,8 @@ def default() -> ConfigDict:
     c.model.stages = (3, 5, 7)  # EfficientNet: rows of its table whose maps the decoder gets
     c.model.aspp_rates = (6, 12, 18, 24)  # ResNet: dilation of each branch
     c.model.head = "prototypes"  # or "linear": the black-box twin, trained at the same budget
+    # or "directions": a linear twin (pretrained.path, its folder) explained post hoc, by
+    c.model.directions = "trained"  # ones; "identity" or "random" to compare
     c.model.features = 64  # D
     c.model.prototypes_per_class = 10
     c.model.prototype_init = "uniform"  # or "patches", random training points
@@ -87,6 +89,8 @@ def default() -> ConfigDict:
     new = {"aspp": 2.5e-4, "prototypes": 2.5e-4}
     finetune = {"steps": 2_000, "learning_rates": {"head": 1e-5}, "schedule": "constant"}
     c.phases = ConfigDict()
+    turn = {"steps": 400, "learning_rates": {"prototypes": 1e-2}}
+    c.phases.directions = {**turn, "schedule": "poly"}  # of head "directions", its only phase
     # The paper's number; of the released code's 3,000 some 2,000 count.
     c.phases.warmup = {"steps": 30_000, "learning_rates": new, "schedule": "constant"}
     c.phases.joint = {

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from protoseg_jax.evaluation.measures import Context, Measure, Seen
 from protoseg_jax.inference import Inference
+from protoseg_jax.models.directions import DirectionLayer
 from protoseg_jax.models.prototypes import PrototypeLayer
 
 TITLES = (("bypass", "bypass", 100),)
@@ -74,7 +75,8 @@ def responses(
 def _hold(call, arguments, keywords, context):
     """Flax's interceptor: what prototypes say is a constant."""
     found = call(*arguments, **keywords)
-    if isinstance(context.module, PrototypeLayer) and context.method_name == "__call__":
+    says = isinstance(context.module, PrototypeLayer | DirectionLayer)
+    if says and context.method_name == "__call__":
         return jax.lax.stop_gradient(found)
     return found
 

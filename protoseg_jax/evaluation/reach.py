@@ -44,7 +44,7 @@ def figures(
     its class at 5 % or more of the class's points: of each ("prototypes", None where the class is
     in no image), their mean and quartiles ("reach"; None without any)."""
     present = sums["present"][prototype_classes]
-    seen = present > 0
+    seen = (present > 0) & (prototype_classes >= 0)  # the bias of directions has no class
     shares = sums["reached"] / np.maximum(present, 1)
     each = [float(x) if there else None for x, there in zip(shares, seen, strict=True)]
     names = ("mean", "lower_quartile", "median", "upper_quartile")

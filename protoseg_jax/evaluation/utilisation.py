@@ -54,6 +54,6 @@ def figures(won: Int[np.ndarray, " m"], prototype_classes: Int[np.ndarray, " m"]
             entropies.append(float(-(share * np.log(share)).sum() / np.log(len(own))))
     return {
         "utilisation": float(np.mean(entropies)) if entropies else None,
-        "unused": int((won == 0).sum()),
+        "unused": int(((won == 0) & (prototype_classes >= 0)).sum()),
         "wins": won.tolist(),
     }

@@ -31,7 +31,8 @@ class PointEvidence:
       logits: of each class.
       label: the winning class.
       prototype: the winning prototype, of the largest contribution to the winning class.
-      novelty: min_j ‖z − p_j‖²: how far the point is from all that the model knows.
+      novelty: min_j ‖z − p_j‖²: how far the point is from all that the model knows. Of directions
+        minus the strongest one's s, which is not meant as that.
     """
 
     features: Float[Array, "*b h w d"]

@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from protoseg_jax import images
+from protoseg_jax import images, models
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import part_agreement, reach
@@ -105,6 +105,14 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
     target = Path(out) if out else model.workdir.path / "explain"
     _check_target(target)
     notes: list[str] = []
+    kind = models.kind(model.experiment.config.model)
+    if kind == "direction":
+        notes.append(
+            "Explained post hoc: the network was trained without prototypes and is as it was. Its "
+            "logits are taken apart, exactly, into what orthogonal directions of its features add, "
+            "and a bias. The patch of a direction is where in the training images it adds most to "
+            "its class; that it means something is for you to see."
+        )
     given = model.pictures(split, paths) if paths else []  # what cannot be read is told at once
     standings, nearest = [Standing()] * len(model.prototypes), [[]] * len(model.prototypes)
     try:
@@ -123,14 +131,15 @@ def explain_run(workdir: str, split: str, paths: Sequence[str], out: str | None)
             "learnt vectors, not yet patches of training images, so there is nothing to show of "
             "where they come from."
         )
-    absent = [p.index for p in model.prototypes if model.projected and p.source is None]
+    patches = [p for p in model.prototypes if p.class_ >= 0]
+    absent = [p.index for p in patches if model.projected and p.source is None]
     if absent:
-        which = "all prototypes" if len(absent) == len(model.prototypes) else len(absent)
+        which = f"all {kind}s" if len(absent) == len(patches) else len(absent)
         notes.append(f"The training images of {which} are not with the run; their patches are.")
     shown = [x for picture in given or model.pictures(split) for x in _shown(model, picture)]
     if data:
         standings, nearest = _standings(model, split), _nearest(model)
-    facts = [f"phase {model.phase}", f"{len(model.prototypes)} prototypes"]
+    facts = [f"phase {model.phase}", f"{len(patches)} {kind}s"]
     facts += [f"{len(model.classes)} classes", "your images" if paths else f"{split} images"]
     scores = {entry["phase"]: entry["miou"] for entry in model.workdir.summary()}
     facts += [f"shares counted over {split}"] if data else []
@@ -190,7 +199,7 @@ def _nearest(model: Model) -> list[list[Nearest]]:
         model.checkpoint.variables,
         search.of_any_class,
         search.empty(count, NEIGHBOURS, experiment.config.model.features),
-        "training patches nearest to each prototype",
+        f"training patches nearest to each {models.kind(experiment.config.model)}",
     )
     examples = experiment.examples(experiment.config.data.projection_split)
     slots = np.argwhere(np.isfinite(patches.squared_distance)).tolist()
@@ -244,6 +253,8 @@ def write(
                     "in each direction, the layers show those, and the cursor moves from one to "
                     "the next. The numbers at them are exact."
                 )
+        config = model.experiment.config.model
+        similarity = "linear" if models.kind(config) == "direction" else config.similarity
         viridis = 255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 64))[:, :3]
         record = {
             "title": model.workdir.path.name,
@@ -255,7 +266,8 @@ def write(
             "viridis": _css(np.rint(viridis).astype(int)),
             "void": VOID,
             "epsilon": EPSILON,
-            "similarity": model.experiment.config.model.similarity,
+            "kind": models.kind(config),
+            "similarity": similarity,
             "kernel": _base64(model.kernel, "<f4"),
             "vectors": _base64(model.checkpoint.arrays["params"]["prototypes"]["vectors"], "<f4"),
             "prototypes": _prototypes(temporary, model, standings, nearest),
@@ -336,8 +348,9 @@ def _prototypes(
 def _prototype_colours(
     prototype_classes: Int[np.ndarray, " m"], classes: LabelSet
 ) -> Int[np.ndarray, "m 3"]:
-    """A colour of each prototype: shades of its class's, so that lightness tells them apart."""
-    colours = np.zeros((len(prototype_classes), 3), int)
+    """A colour of each prototype: shades of its class's, so that lightness tells them apart; grey
+    of the bias of directions."""
+    colours = np.full((len(prototype_classes), 3), 128)
     for c, base in enumerate(np.array(classes.colours, float)):
         (own,) = np.nonzero(prototype_classes == c)
         place = (np.arange(len(own))[:, None] + 0.5) / max(len(own), 1)  # from dark to light

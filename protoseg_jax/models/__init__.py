@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from protoseg_jax import extensions
 from protoseg_jax.errors import UserError
+from protoseg_jax.models.directions import Directions
 from protoseg_jax.models.layers import is_kernel
 from protoseg_jax.models.protoseg import ACTIVATIONS, BlackBox, LinearTwin, ProtoSeg
 from protoseg_jax.models.prototypes import SIMILARITIES
@@ -30,7 +31,7 @@ from protoseg_jax.models.prototypes import SIMILARITIES
 
 def build(
     config: ConfigDict, num_classes: int, num_prototypes: int, dtype: jnp.dtype
-) -> ProtoSeg | BlackBox:
+) -> ProtoSeg | BlackBox | Directions:
     """A model by `config.model` of a run.
 
     Args:
@@ -43,7 +44,7 @@ def build(
     Raises:
       UserError: a setting is none of the known values.
     """
-    require("head", config.head, ("prototypes", "linear"))
+    require("head", config.head, ("prototypes", "linear", "directions"))
     scales = tuple(config.msc)
     if not all(0 < scale < 1 for scale in scales):
         raise UserError(f"config.model.msc is {scales}; its scales must lie between 0 and 1")
@@ -54,6 +55,15 @@ def build(
     if linear:
         parts = backbone, decoder, scales
         return LinearTwin(*parts, num_classes) if on_features else BlackBox(*parts)
+    if config.head == "directions":
+        require("directions", config.directions, ("trained", "identity", "random"))
+        if not on_features:
+            raise UserError(
+                "model.head='directions' takes a last layer apart that sums over features, and "
+                f"model.backbone={config.backbone!r} has none: its decoder says the logits itself; "
+                "use it on a black box of model.backbone='efficientnet'"
+            )
+        return Directions(backbone, decoder, scales, num_prototypes, num_classes)
     activation, similarity = config.activation, config.similarity
     require("activation", activation, ACTIVATIONS)
     require("similarity", similarity, SIMILARITIES)
@@ -74,6 +84,11 @@ def groups(config: ConfigDict) -> tuple[str, str]:
             "backbone's and its decoder's, each with its rule of weight decay"
         )
     return names
+
+
+def kind(config: ConfigDict) -> str:
+    """What a run is explained by, in a word."""
+    return "direction" if config.head == "directions" else "prototype"
 
 
 def twin_has_head(config: ConfigDict) -> bool:

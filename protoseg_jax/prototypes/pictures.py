@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.patches import Rectangle
 
-from protoseg_jax import images
+from protoseg_jax import images, models
 from protoseg_jax.files import write_atomically
 from protoseg_jax.models.prototypes import EPSILON
 from protoseg_jax.run.checkpoints import Checkpoint
@@ -41,7 +41,8 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
     for old in (*folder.glob("*.png"), *folder.glob("sources/*.jpg")):
         old.unlink()
     homes = {}
-    for number in sorted({p.image for p in checkpoint.prototypes}):
+    projected = [p for p in checkpoint.prototypes if p.projected]  # a bias is no patch
+    for number in sorted({p.image for p in projected}):
         example = source[number]
         name = f"{number:06d}_{images.file_name(example['image_id'])}.jpg"
         shrunk = images.shrink(example["image"], _SOURCE_SIDE)
@@ -49,7 +50,7 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
             folder / "sources" / name, images.encode(shrunk, ".jpg", quality=_SOURCE_QUALITY)
         )
         homes[number] = {"source_file": name, "source_size": example["image"].shape[:2]}
-    prototypes = [dataclasses.replace(p, **homes[p.image]) for p in checkpoint.prototypes]
+    prototypes = [dataclasses.replace(p, **homes[p.image]) for p in projected]
     write_record(
         path,
         prototypes,
@@ -60,7 +61,7 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
     )
     infer = jax.jit(lambda v, image: inference(v, image[None]).similarities[0])
     for c, name in enumerate(names):
-        own = [(j, p) for j, p in enumerate(prototypes) if p.class_ == c]
+        own = [(j, p) for j, p in enumerate(prototypes) if p.class_ == c]  # the bias is last
         if not own:
             continue
         pictures = [source[p.image]["image"] for _, p in own]
@@ -71,24 +72,38 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
         for image, (_, p) in zip(pictures, own, strict=True):
             crop, _ = images.crop_with_context(image, p.box)
             write_atomically(folder / f"{p.index:03d}.png", images.encode(crop))
-        drawn = _class_picture(name, [p for _, p in own], pictures, activations)
+        top = np.log(1 / EPSILON)
+        if experiment.config.model.head == "directions":
+            top = max(x.max() for x in activations)
+        drawn = _class_picture(
+            models.kind(experiment.config.model),
+            name,
+            [p for _, p in own],
+            pictures,
+            activations,
+            top,
+        )
         write_atomically(folder / f"class_{c:02d}_{images.file_name(name)}.png", drawn)
 
 
 def _class_picture(
+    kind: str,
     class_name: str,
     prototypes: Sequence[Prototype],
     pictures: Sequence[UInt8[np.ndarray, "h w 3"]],
     activations: Sequence[Float[np.ndarray, "h w"]],
+    top: float,
 ) -> bytes:
     """A PNG of one class's prototypes: patch with surroundings, source image, activation over it.
 
     Args:
+      kind: "prototype" or "direction".
       class_name: shown in the title.
       prototypes: the class's.
       pictures: each one's source image.
       activations: similarity (eq. 1) of each prototype over its source image, at feature-map
-        resolution; drawn on one scale, 0 … log(1/ε).
+        resolution.
+      top: they are drawn on one scale, 0 … top: log(1/ε), that of a patch and itself.
     """
     columns = min(len(prototypes), _COLUMNS)
     bands = -(-len(prototypes) // columns)
@@ -107,14 +122,13 @@ def _class_picture(
         patch, source, heat = axes[3 * band : 3 * band + 3, column]
         patch.imshow(crop, interpolation="nearest")
         patch.add_patch(outline(inner))
-        patch.set_title(f"prototype {p.index}", fontsize=8)
+        patch.set_title(f"{kind} {p.index}", fontsize=8)
         source.imshow(image)
         source.add_patch(outline(p.box))
         source.set_title(_short(p.image_id), fontsize=6)
         heat.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap="gray")
         size = (image.shape[1], image.shape[0])
         activation = cv2.resize(activation.astype(np.float32), size)  # bilinear
-        top = np.log(1 / EPSILON)
         heat.imshow(activation, cmap="viridis", alpha=0.65, vmin=0.0, vmax=top)
         heat.add_patch(outline(p.box))
     figure.suptitle(f"{class_name}: patch · source image · activation", fontsize=10)

@@ -76,7 +76,7 @@ def run(live: Live, start: Checkpoint) -> Checkpoint:
     kept.arrays["params"]["prototypes"] = {"vectors": vectors}
     examples = experiment.examples(experiment.config.data.projection_split)
     prototypes = [
-        _projected(p, patches, j, examples, inference.feature_size)
+        placed(p, patches, j, examples, inference.feature_size)
         for p, j in zip(kept.prototypes, keep.tolist(), strict=True)
     ]
     say(
@@ -86,7 +86,7 @@ def run(live: Live, start: Checkpoint) -> Checkpoint:
     return clock.checkpoint(1, kept.arrays, prototypes, finished=True)
 
 
-def _projected(
+def placed(
     prototype: Prototype, patches: Patches, j: int, examples, feature_size: tuple[int, int]
 ) -> Prototype:
     """The prototype with the place of row j's first patch."""

@@ -32,6 +32,7 @@ class Experiment:
       config, pool: as given.
       phases: the config's, in order.
       black_box: whether the head is linear, without prototypes.
+      trains_prototypes: whether it has prototypes, and not directions.
 
     Raises:
       UserError: the phases do not fit the network.
@@ -47,6 +48,7 @@ class Experiment:
         self.pool = pool or DevicePool()
         self.phases = phases.from_config(config)
         self.black_box = config.model.head == "linear"
+        self.trains_prototypes = config.model.head == "prototypes"
         self._labels = labels
         self._tiled: dict[tuple[str, bool], tiles.Tiled] = {}
 

@@ -9,6 +9,8 @@
 | `pruning` | pruning | prototypes that are not class-specific are dropped |
 | `finetune_pruned` | train | the last layer again |
 
+With `model.head = "directions"` there is one phase, `directions`, of its own kind.
+
 A config says for each phase how many `steps` it has (0: the phase is left out), for the training
 ones also `learning_rates` by parameter group (one that is not named, or has rate 0, is frozen) and
 the `schedule`. Projection and pruning take one step: a pass over the training set.
@@ -21,7 +23,8 @@ import ml_collections
 from protoseg_jax import models
 from protoseg_jax.errors import UserError
 
-ORDER = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
+DIRECTIONS = "directions"
+ORDER = (DIRECTIONS, "warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
 _SEARCHES = ("projection", "pruning")
 _FINETUNES = ("finetune", "finetune_pruned")
 SMOKE_STEPS = 3
@@ -33,7 +36,7 @@ class Phase:
 
     Attributes:
       name: one of `ORDER`.
-      kind: "train", "projection" or "pruning".
+      kind: "train", "projection", "pruning" or "directions".
       steps: optimiser steps (1 for a search).
       learning_rates: learning rate at the start, by trainable parameter group.
       schedule: "constant", or "poly": rate · (1 − t/T)^0.9.
@@ -60,11 +63,14 @@ def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
     for name in config.phases:
         if name not in ORDER:
             raise UserError(f"phases.{name} is no phase; the phases are {', '.join(ORDER)}")
-    black_box = config.model.head == "linear"
+    post_hoc, black_box = (config.model.head == head for head in ("directions", "linear"))
     steps = {name: int(config.phases[name].steps) for name in ORDER if name in config.phases}
     for name, count in steps.items():
         if count < 0:
             raise UserError(f"phases.{name}.steps={count} must not be negative; 0 leaves it out")
+    if post_hoc:
+        return [_phase(config, DIRECTIONS, max(steps.get(DIRECTIONS, 0), 1))]
+    steps.pop(DIRECTIONS, None)
     if black_box:
         steps["joint"] = steps.get("joint", 0) + sum(steps.get(n, 0) for n in _FINETUNES)
         steps = {n: s for n, s in steps.items() if n not in (*_SEARCHES, *_FINETUNES)}
@@ -92,7 +98,8 @@ def _phase(config: ml_collections.ConfigDict, name: str, steps: int) -> Phase:
         rates = {g: r for g, r in rates.items() if g in network}
         if network[1] in rates and models.twin_has_head(config.model):
             rates["head"] = rates[network[1]]
-    return Phase(name, "train", steps, rates, section.schedule)
+    kind = DIRECTIONS if name == DIRECTIONS else "train"
+    return Phase(name, kind, steps, rates, section.schedule)
 
 
 def smoke(config: ml_collections.ConfigDict) -> None:

@@ -25,7 +25,7 @@ class Prototype:
 
     Attributes:
       index: its number at initialisation, kept for life.
-      class_: its class.
+      class_: its class; −1 of the bias of directions, which is no patch.
       image, image_id: number and name of the example of the projection split it comes from.
       row, col: its point on that example's feature map.
       squared_distance: of the learnt vector to the patch that replaced it.

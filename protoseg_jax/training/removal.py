@@ -14,12 +14,15 @@ from protoseg_jax.run.checkpoints import Checkpoint
 from protoseg_jax.run.experiment import Experiment
 from protoseg_jax.run.finished import Finished
 from protoseg_jax.run.live import Live
+from protoseg_jax.run.phases import DIRECTIONS
 from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
 
 
 def remove(workdir: str, ids: Sequence[str], to: str, *, force: bool) -> None:
     """A new run without some prototypes, its last layer fine-tuned; prints what changed.
+
+    Of directions of a trained network nothing is fine-tuned: what they added is 0 in the new run.
 
     The new run stands after pruning; what follows is phase `finetune_pruned` with its settings
     (those of `finetune` where a config has no such phase). The same call on a folder where this
@@ -58,8 +61,8 @@ def remove(workdir: str, ids: Sequence[str], to: str, *, force: bool) -> None:
             folder.start(config)
             if not going_on:
                 kept = origin.checkpoint.keep(keep)
-                pruned = Checkpoint(prune.PHASE, 1, True, kept.arrays, kept.prototypes)
-                folder.checkpoints.save(pruned)
+                phase = prune.PHASE if origin.experiment.trains_prototypes else DIRECTIONS
+                folder.checkpoints.save(Checkpoint(phase, 1, True, kept.arrays, kept.prototypes))
                 folder.checkpoints.wait()
                 write_json(record, said)
             runs.go(live)
@@ -79,7 +82,7 @@ def _kept(run: Finished, ids: Sequence[str], force: bool) -> np.ndarray:
       UserError: see `remove`.
     """
     prototypes = run.checkpoint.prototypes
-    known = [p.index for p in prototypes]
+    known = [p.index for p in prototypes if p.class_ >= 0]  # the bias of directions stays
     unknown = [i for i in ids if not i.isdecimal() or int(i) not in known]
     if unknown:
         raise UserError(
@@ -100,8 +103,10 @@ def _kept(run: Finished, ids: Sequence[str], force: bool) -> np.ndarray:
 
 
 def _removal_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with a pruning phase and a fine-tuning after it."""
+    """The config with a pruning phase and a fine-tuning after it, where prototypes are trained."""
     config = config.copy_and_resolve_references()
+    if config.model.head == "directions":
+        return config
     phases = config.phases
     phases.pruning = {"steps": 1}
     if not phases.finetune_pruned.steps:

@@ -14,7 +14,8 @@ from protoseg_jax.evaluation.score import evaluate
 from protoseg_jax.files import write_json
 from protoseg_jax.program import Interrupted
 from protoseg_jax.progress import say
-from protoseg_jax.prototypes import pictures, project, prune
+from protoseg_jax.prototypes import directions, pictures, project, prune
+from protoseg_jax.run import phases as phases_lib
 from protoseg_jax.run.checkpoints import Checkpoint
 from protoseg_jax.run.experiment import Experiment
 from protoseg_jax.run.live import Live
@@ -137,7 +138,7 @@ def go(live: Live, first: Checkpoint | None = None) -> None:
         say(f"going on in phase {state.phase} after step {state.step}")
     if state is None:
         state = first or starts.initial(experiment)
-        if experiment.config.model.prototype_init == "patches" and not experiment.black_box:
+        if experiment.config.model.prototype_init == "patches" and experiment.trains_prototypes:
             state = starts.on_patches(experiment, state)
     left = [p for p in experiment.phases[at:] if p.name not in scored]
     if experiment.config.augment.views and any(p.kind == "train" for p in left):
@@ -165,6 +166,8 @@ def run_phase(live: Live, phase: Phase, start: Checkpoint) -> Checkpoint:
         return project.run(live, start)
     if phase.kind == prune.PHASE:
         return prune.run(live, start)
+    if phase.kind == phases_lib.DIRECTIONS:
+        return directions.run(live, phase, start)
     phases = live.experiment.phases
     before = phases[: [p.name for p in phases].index(phase.name)]
     first_batch = sum(p.steps for p in before if p.kind == "train")

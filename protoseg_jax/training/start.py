@@ -21,6 +21,7 @@ from protoseg_jax.data.source import statistics
 from protoseg_jax.errors import UserError
 from protoseg_jax.files import read_json
 from protoseg_jax.models import weights
+from protoseg_jax.models.directions import NO_CLASS
 from protoseg_jax.models.prototypes import class_connections, equal_blocks
 from protoseg_jax.progress import say
 from protoseg_jax.prototypes import search
@@ -78,6 +79,8 @@ def initial(experiment: Experiment) -> Checkpoint:
       UserError: those weights are not this config's network's.
     """
     path = experiment.config.pretrained.path
+    if experiment.config.model.head == "directions":
+        return taken_apart(experiment, path)
     if path and Path(path).is_dir():
         return with_run(experiment, path)
     if path:
@@ -94,6 +97,8 @@ def initial(experiment: Experiment) -> Checkpoint:
 
 def classes_at_start(experiment: Experiment) -> np.ndarray:
     """c(j) at the start, [M]: equally many of each class, none of one held out."""
+    if experiment.config.model.head == "directions":
+        return np.full(experiment.config.model.features + 1, NO_CLASS)
     count = experiment.num_classes * experiment.config.model.prototypes_per_class
     classes = equal_blocks(0 if experiment.black_box else count, experiment.num_classes)
     return classes if experiment.held_out is None else classes[classes != experiment.held_out]
@@ -168,8 +173,7 @@ def with_run(experiment: Experiment, path: str) -> Checkpoint:
     other = _other_run(path)
     config, model = other.config(), experiment.config.model
     _refuse_leak(experiment, other, config)
-    names = [phase.name for phase in phases_lib.from_config(config)]
-    phase = other.checkpoints.finished(names)[-1]
+    phase = _last(other, config)
     trained = {key: config.model[key] for key in ("stride_in", "preprocessing")}
     _warn_of_others(model, trained, f"run {path} was")
     start = random(experiment, classes_at_start(experiment))
@@ -198,6 +202,50 @@ def with_run(experiment: Experiment, path: str) -> Checkpoint:
     return start
 
 
+def taken_apart(experiment: Experiment, path: str | None) -> Checkpoint:
+    """A trained linear network as it is, its last layer written as a sum over the features.
+
+    Raises:
+      UserError: the folder holds no such run; or one of another network, or that was trained on
+        images that validate here.
+    """
+    if not path or not Path(path).is_dir():
+        raise UserError(
+            "model.head='directions' explains a trained network; set --config.pretrained.path to "
+            f"the folder of a run with model.head='linear', not {path!r}"
+        )
+    other = _other_run(path)
+    config = other.config()
+    if config.model.head != "linear":
+        raise UserError(
+            f"run {path} has model.head={config.model.head!r}, which explains itself; "
+            "model.head='directions' is for a run with model.head='linear'"
+        )
+    if not models.twin_has_head(config.model):
+        raise UserError(
+            f"run {path} is of model.backbone={config.model.backbone!r}, whose decoder says the "
+            "classes' logits itself: no last layer sums over features there; name a black box of "
+            "model.backbone='efficientnet'"
+        )
+    _refuse_leak(experiment, other, config)
+    theirs = other.checkpoints.restore(_last(other, config)).arrays
+    start = random(experiment, classes_at_start(experiment))
+    head = theirs["params"]["head"]
+    count = experiment.config.model.features
+    own = {
+        "prototypes": {"vectors": np.eye(count + 1, count, dtype=np.float32)},
+        "head": {"kernel": np.concatenate([head["kernel"], head["bias"][None]])},
+    }
+    arrays = {"params": {**theirs["params"], **own}, "frozen": theirs["frozen"]}
+    if any(_shapes(arrays[name]) != _shapes(start.arrays[name]) for name in arrays):
+        raise UserError(
+            f"the network of run {path} does not fit this config's; use its config, with "
+            "--config.model.head=directions"
+        )
+    say(f"explaining {path} after its phase {_last(other, config)}; its network stays as it is")
+    return dataclasses.replace(start, arrays=arrays)
+
+
 def on_patches(experiment: Experiment, start: Checkpoint) -> Checkpoint:
     """`model.prototype_init = "patches"`: prototypes start on random training points.
 
@@ -220,6 +268,12 @@ def on_patches(experiment: Experiment, start: Checkpoint) -> Checkpoint:
     vectors = np.where(found, table.feature[classes, place], vectors)
     params = {**start.arrays["params"], "prototypes": {"vectors": vectors}}
     return dataclasses.replace(start, arrays={**start.arrays, "params": params})
+
+
+def _last(other: Workdir, config: ml_collections.ConfigDict) -> str:
+    """A run's last finished phase."""
+    names = [phase.name for phase in phases_lib.from_config(config)]
+    return other.checkpoints.finished(names)[-1]
 
 
 def _other_run(path: str) -> Workdir:
