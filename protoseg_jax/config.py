@@ -81,6 +81,9 @@ def default() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.terms = ("cross_entropy", "diversity", "l1")  # files of losses, or dotted paths
     c.loss.diversity = 0.25  # λ_J of eq. 7
+    c.loss.assignment = 0.0  # λ_A of the assignment loss, if it is a term
+    c.loss.assignment_tau = 0.1  # τ: of the distances that are trained
+    c.loss.assignment_epsilon = 0.05  # ε: of the assignment
     c.loss.diversity_reduction = "present"  # mean over what is present; "all_classes": eq. 6's 1/C
     c.loss.l1 = 1e-4  # λ_L1 of eq. 8
     c.loss.class_balance = 0.0  # cross-entropy's weights (median / pixels)^so much

@@ -205,6 +205,11 @@ def psum(tree: Any) -> Any:
     return jax.lax.psum(tree, AXIS)
 
 
+def pmax(tree: Any) -> Any:
+    """The largest over the devices, inside a function mapped by `DevicePool.map`."""
+    return jax.lax.pmax(tree, AXIS)
+
+
 class DevicePool:
     """The devices that one computation runs on.
 

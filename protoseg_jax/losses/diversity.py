@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from protoseg_jax.losses import Term, Weights
-from protoseg_jax.models.prototypes import class_table
+from protoseg_jax.losses.own_class import class_members, of_own_class
 
 # TF32 keeps three digits, and eq. 2 is a difference of nearly equal numbers.
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -35,17 +35,12 @@ def make(config: ConfigDict, classes: np.ndarray, num_classes: int, weights: Wei
     )
 
 
-def _members(labels: Int[Array, "b h w"], num_classes: int) -> Bool[Array, "b n c"]:
-    """Whether point n of image b is labelled c; no class holds a void point."""
-    return labels.reshape(labels.shape[0], -1, 1) == jnp.arange(num_classes)
-
-
 def present(
     labels: Int[Array, "b h w"], prototype_classes: Int[np.ndarray, " m"], num_classes: int
 ) -> Bool[Array, "b c"]:
     """The (image, class) pairs that enter eq. 6: at least 2 points and at least 2 prototypes."""
     prototypes = np.bincount(prototype_classes, minlength=num_classes)
-    return (_members(labels, num_classes).sum(1) >= 2) & (prototypes >= 2)
+    return (class_members(labels, num_classes).sum(1) >= 2) & (prototypes >= 2)
 
 
 def log_distance_vectors(
@@ -118,19 +113,7 @@ def diversity(
       prototype_classes: c(j) of each prototype, in any order; known at trace time.
       num_classes: C.
     """
-    table = class_table(prototype_classes, num_classes)
-    # Of each point the distances to the prototypes of its own class, 0 at void points; slots that
-    # a class does not fill repeat its first prototype. A mask and a product with a 0/1 matrix, not
-    # a gather: the gradient of a gather is a scatter, which a CPU does one element at a time.
-    # HIGHEST leaves the numbers as they are.
-    slots = np.where(table >= 0, table, table[:, :1])
-    to_slot = (np.arange(len(prototype_classes))[:, None, None] == slots).any(1)
-    points = labels.reshape(labels.shape[0], -1)
-    own = points[..., None] == jnp.asarray(prototype_classes)
-    own = jnp.where(own, distances.astype(jnp.float32).reshape(own.shape), 0.0)
-    own = jnp.dot(own, to_slot.astype(np.float32), precision=_PRECISION)
-
-    members, real = _members(labels, num_classes), table >= 0
+    own, members, real = of_own_class(distances, labels, prototype_classes, num_classes)
     divergence = jeffreys_divergence(log_distance_vectors(own, members), members)
     pairs = real[:, :, None] & real[:, None, :] & np.triu(np.ones(2 * real.shape[1:], bool), 1)
     similarity = jnp.where(pairs, jnp.exp(-divergence), 0.0).sum((-2, -1))
