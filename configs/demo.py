@@ -1,20 +1,34 @@
-"""A ProtoSeg in minutes on a laptop: the embedded `parts` data set, trained from scratch."""
+"""A ProtoSeg in minutes on a laptop: the embedded `parts` data set.
 
-from protoseg_jax.config import ConfigDict, default
+python train.py --config=configs/demo.py[:ROW]
+
+The default is trained from scratch by the paper's recipe; `:lite0` has a frozen EfficientNet-Lite0
+with ImageNet weights, which sees images at twice their size.
+"""
+
+from protoseg_jax.config import ConfigDict, default, require_row
+
+ROWS = ("scratch", "lite0")
 
 
-def get_config() -> ConfigDict:
+def get_config(row: str = "scratch") -> ConfigDict:
+    require_row(row, ROWS)
     c = default()
     c.batch_size = 8
-    c.crop_size = c.eval_size = (128, 128)
     c.eval_batch_size = 16
     c.data.name = "parts"
-    c.augment.scale = (0.8, 1.2)
+    c.model.update({"features": 32, "prototypes_per_class": 8})
+    (_lite0 if row == "lite0" else _scratch)(c)
+    c.log_every = 10
+    c.eval_every = c.checkpoint_every = 500
+    return c
 
+
+def _scratch(c: ConfigDict) -> None:
+    c.crop_size = c.eval_size = (128, 128)
+    c.augment.scale = (0.8, 1.2)
     c.model.update({"depth": 14, "width": 16, "norm": "group", "aspp_rates": (1, 2, 3)})
     c.model.update({"stride_in": "3x3", "preprocessing": "imagenet"})
-    c.model.update({"features": 32, "prototypes_per_class": 8})
-
     # A high rate on the ASPP would saturate the sigmoid before the features have learnt anything.
     new = {"aspp": 3e-4, "prototypes": 2e-3}
     c.phases.warmup.update({"steps": 30, "learning_rates": new})
@@ -22,6 +36,15 @@ def get_config() -> ConfigDict:
     c.phases.finetune.update({"steps": 60, "learning_rates": {"head": 1e-3}})
     c.phases.finetune_pruned.update({"steps": 60, "learning_rates": {"head": 1e-3}})
 
-    c.log_every = 10
-    c.eval_every = c.checkpoint_every = 500
-    return c
+
+def _lite0(c: ConfigDict) -> None:
+    c.crop_size = c.eval_size = (256, 256)  # twice 128 × 128; scores are at the labels' own size
+    c.augment.update({"scale": (1.6, 2.4), "views": 6})
+    c.model.update({"backbone": "efficientnet", "depth": 0, "output_stride": 32})
+    c.model.prototype_init = "patches"
+    c.pretrained.path = "efficientnet-lite0"
+    new = {"decoder": 2e-3, "prototypes": 1e-2}
+    c.phases.warmup = {"steps": 0, "learning_rates": new, "schedule": "constant"}
+    c.phases.joint = {"steps": 1000, "learning_rates": new, "schedule": "poly"}
+    c.phases.finetune.update({"steps": 60, "learning_rates": {"head": 1e-2}})
+    c.phases.finetune_pruned.update({"steps": 60, "learning_rates": {"head": 1e-2}})
