@@ -79,9 +79,10 @@ def default() -> ConfigDict:
     c.pretrained = ConfigDict({"path": text()})  # weights of PyTorch, or another run's folder
 
     c.loss = ConfigDict()
-    c.loss.terms = ("cross_entropy", "diversity", "l1")  # files of losses, or dotted paths
+    # Files of losses, or dotted paths. One whose λ is 0 is not computed.
+    c.loss.terms = ("cross_entropy", "diversity", "l1", "assignment")
     c.loss.diversity = 0.25  # λ_J of eq. 7
-    c.loss.assignment = 0.0  # λ_A of the assignment loss, if it is a term
+    c.loss.assignment = 0.0  # λ_A of the assignment loss, which the paper has not
     c.loss.assignment_tau = 0.1  # τ: of the distances that are trained
     c.loss.assignment_epsilon = 0.05  # ε: of the assignment
     c.loss.diversity_reduction = "present"  # mean over what is present; "all_classes": eq. 6's 1/C

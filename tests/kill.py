@@ -54,7 +54,7 @@ def command(data: pathlib.Path, cache: pathlib.Path, workdir: pathlib.Path) -> l
     return [
         sys.executable,
         str(ROOT / "train.py"),
-        f"--config={ROOT / 'configs' / 'folder.py'}",
+        f"--config={ROOT / 'configs' / 'folder.py'}:scratch",
         f"--workdir={workdir}",
         *(f"--config.{key}={value}" for key, value in settings.items()),
     ]

@@ -1,6 +1,7 @@
 """Every config: a network, phases, nothing that is a default; the paper's rows differ as they
 should; a stored config keeps its behaviour."""
 
+import runpy
 from pathlib import Path
 
 import ml_collections
@@ -16,7 +17,12 @@ from protoseg_jax.run import phases
 from protoseg_jax.training.start import settle
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
-NAMES = [p.stem for p in FILES if p.stem != "common"]
+NAMES = [
+    f"{path.stem}:{row}" if row else path.stem
+    for path in FILES
+    if path.stem != "common"
+    for row in runpy.run_path(str(path)).get("ROWS", ("",))
+]
 ROWS = ("imagenet", "coco", "no_diversity", "deeplab")
 KEYS = """seed batch_size accumulate compute_dtype data.name data.dir data.cache crop_size eval_size
 model.backbone model.depth model.head model.features model.prototypes_per_class pretrained.path

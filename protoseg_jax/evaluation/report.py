@@ -197,6 +197,8 @@ class Run:
                 found.append(f"{key} is {value}, not {wanted}")
         if name in ("voc", "cityscapes") and not start:
             found.append("no pretrained weights")
+        if self.config["loss"]["assignment"]:
+            found.append(f"loss.assignment is {self.config['loss']['assignment']:g}, not 0")
         if start and Path(start).suffix not in weights.READERS:
             found.append(f"it started from run {start}")
         return found

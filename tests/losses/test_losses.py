@@ -402,6 +402,7 @@ def test_means_are_eqs_6_and_7_of_every_output(reduction):
         ("cross_entropy", 1.0),
         ("diversity", 0.25),
         ("l1", 1e-4),
+        ("assignment", 0.0),
     ]
     shown, outputs, labels = terms[:2], [], []
     expected = np.zeros(2)
@@ -421,6 +422,7 @@ def test_means_are_eqs_6_and_7_of_every_output(reduction):
     w_h = jnp.asarray(np.random.default_rng(0).normal(size=(M, NUM_CLASSES)), jnp.float32)
     found["l1"] = terms[2].value({"head": {"kernel": w_h}})
     assert terms[2].phases == ("finetune", "finetune_pruned")
+    found["assignment"] = 0.0
     total = expected[0] + 0.25 * expected[1] + 1e-4 * slow_l1(w_h, CLASSES)
     np.testing.assert_allclose(losses.objective(terms, found), total, rtol=1e-5)
 
@@ -459,7 +461,7 @@ def test_a_term_from_outside_the_package(tmp_path, monkeypatch):
     for names, words in (
         (("cross_entropy", "terms_elsewhere.none"), "does not import|is unknown"),
         (("cross_entropy", "terms_elsewhere.empty"), "has no 'make'"),
-        (("nothing",), "cross_entropy, diversity, l1"),
+        (("nothing",), "assignment, cross_entropy, diversity, l1"),
         (("l1", "cross_entropy", "l1"), "twice"),
         (("l1",), "no term of the points"),
         ((), "no term of the points"),

@@ -39,7 +39,7 @@ def test_metrics_have_one_line_a_logged_step(finished):
     lines = [json.loads(line) for line in text.splitlines()]
     training = [p for p in PHASES if p not in ("projection", "pruning")]
     assert [(x["phase"], x["step"]) for x in lines] == [(p, s) for p in training for s in (1, 2, 3)]
-    keys = {"phase", "step", "time", "loss", "cross_entropy", "diversity", "l1"}
+    keys = {"phase", "step", "time", "loss", "cross_entropy", "diversity", "l1", "assignment"}
     assert all(set(x) == keys | {"learning_rate", "images_per_second"} for x in lines)
 
 
