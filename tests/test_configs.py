@@ -46,7 +46,8 @@ def test_keys_network_and_phases(name):
     if config.model.preprocessing == "data":  # which would be measured, of data that is not here
         config.model.mean, config.model.std = (1.0,), (2.0,)
     settle(config)
-    wanted = [p for p in phases.ORDER if config.phases[p].steps]
+    of_head = phases.ORDER[1:] if config.model.head == "prototypes" else ("warmup", "joint")
+    wanted = [p for p in of_head if config.phases[p].steps]
     assert [p.name for p in phases.from_config(config)] == wanted
     assert set(config.phases) == set(phases.ORDER)
     inferences.from_config(config, 3, equal_blocks(30, 3))
