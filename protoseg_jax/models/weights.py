@@ -116,7 +116,9 @@ def load(path: str | Path, network: types.ModuleType) -> Ported:
     packages = getattr(network, "PACKAGES", {})
     path = packages[str(path)].find() if str(path) in packages else Path(path)
     if not path.is_file():
-        raise UserError(f"weights file {path} does not exist; set pretrained.path to one")
+        backbone = network.__name__.rpartition(".")[2]
+        others = f" (packages of model.backbone={backbone!r}: {', '.join(packages) or 'none'})"
+        raise UserError(f"weights file {path} does not exist; set pretrained.path to one{others}")
     if path.suffix not in READERS:
         raise UserError(
             f"weights file {path} is of an unknown kind; it must be one of {', '.join(READERS)}"
@@ -240,7 +242,7 @@ def _read_torch(path: Path) -> Tensors:
     except pickles.Foreign as error:
         raise UserError(
             f"weights file {path} holds more than tensors (a whole module?): "
-            f"{named([str(error)])}, which would have to be executed; where its code is, save "
+            f"{named([str(error)])}, of which nothing is read or executed; where its code is, save "
             "torch.save(model.state_dict(), 'weights.pth')"
         ) from error
     for key in ("state_dict", "model_state_dict", "model"):
