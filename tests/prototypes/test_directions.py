@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import browser
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation.score import evaluate, measure
 from protoseg_jax.explain.model import Model
@@ -25,6 +26,8 @@ from protoseg_jax.training import start as starts
 from tests import small
 
 D = 8
+ROWS = """[...document.querySelectorAll('.evidence li[data-prototype]')].map(
+  (li) => [Number(li.dataset.prototype), Number(li.querySelector('data').value)])"""
 
 
 def network(seed, points=60, size=5, classes=3):
@@ -279,6 +282,32 @@ def test_the_page_says_what_it_explains(explained, tmp_path):
     assert any("post hoc" in note for note in record["notes"])
     assert [p["class"] for p in record["prototypes"]][-1] == NO_CLASS
     assert all("patch" in p for p in record["prototypes"][:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [browser.Chromium, browser.Firefox], ids=lambda k: k.name)
+def test_the_page_in_a_browser_shows_what_the_api_says(explained, tmp_path, kind):
+    if not kind.find():
+        pytest.skip(f"no {kind.name} on this machine (apt-get install chromium firefox-esr)")
+    page = explain_run(str(explained["trained"]), "validation", [], str(tmp_path / "page"))
+    model = Model.load(explained["trained"])
+    why = model.explain(model.experiment.data.source("validation")[0]["image"])
+    with kind() as window:
+        window.open(page, "image=0&row=20&col=31")
+        pixel = why.at(20, 31)
+        shown = window.evaluate(ROWS)
+        assert D in [index for index, _ in shown]  # the bias, among few
+        for index, part in shown:
+            assert part == pytest.approx(pixel.contributions[index], abs=1e-4)
+        total = window.evaluate("document.querySelector('#total data').value")
+        assert float(total) == pytest.approx(pixel.logits.max(), abs=1e-4)
+        text = window.evaluate("document.body.innerText")
+        assert "direction" in text and "prototype" not in text.replace("without prototypes", "")
+        assert "Novelty" not in text and "NaN" not in text and "undefined" not in text
+        window.open(page, "view=prototypes")
+        text = window.evaluate("document.body.innerText")
+        assert f"Direction {0}" in text and "adds most" in text and "undefined" not in text
+        assert window.problems == []
 
 
 @pytest.mark.slow
