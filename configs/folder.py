@@ -28,6 +28,7 @@ def _lite0(c: ConfigDict) -> None:
     c.crop_size = c.eval_size = (384, 384)
     c.augment.views = 8
     c.model.update({"backbone": "efficientnet", "depth": 0, "output_stride": 32})
+    c.model.width = 128
     c.model.prototype_init = "patches"
     c.pretrained.path = "efficientnet-lite0"
     new = {"decoder": 2e-3, "prototypes": 1e-2}
