@@ -168,7 +168,27 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
     "a loss term that does not exist": (
         lambda d: None,
         ["--config.loss.terms=('cross_entropy','focal')"],
-        "loss.terms='focal' is unknown; choose one of cross_entropy, diversity, l1",
+        "loss.terms='focal' is unknown; choose one of assignment, cross_entropy, diversity",
+    ),
+    "views of a backbone that trains": (
+        lambda d: None,
+        ["--config.augment.views=2", "--config.eval_size=(33,33)", "--config.crop_size=(33,33)"],
+        "phases.joint.learning_rates.backbone trains it; set --config.augment.views=0",
+    ),
+    "directions of nothing": (
+        lambda d: None,
+        [
+            "--config.model.head=directions",
+            "--config.model.backbone=efficientnet",
+            "--config.model.depth=0",
+            "--config.model.norm=frozen_batch",
+        ],
+        "set --config.pretrained.path to the folder of a run with model.head='linear'",
+    ),
+    "weights of another backbone by name": (
+        lambda d: None,
+        ["--config.pretrained.path=efficientnet-lite0"],
+        "does not exist; set pretrained.path to one (packages of model.backbone='resnet': none)",
     ),
 }
 

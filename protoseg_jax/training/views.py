@@ -34,7 +34,15 @@ from protoseg_jax.run.experiment import Experiment
 
 _FORMAT = 1  # raise it when what is stored, or how a view is drawn, changes
 # Keys of config.model that say nothing of the backbone.
-_BEHIND = ("head", "features", "prototypes_per_class", "prototype_init", "activation", "similarity")
+_BEHIND = (
+    "head",
+    "directions",
+    "features",
+    "prototypes_per_class",
+    "prototype_init",
+    "activation",
+    "similarity",
+)
 
 
 def check(experiment: Experiment) -> None:
