@@ -4,14 +4,19 @@ python train.py --config=configs/isbi_em.py --config.data.dir=DIR
 
 The paper's details are in a supplement that we do not have; this starts from a follow-up's recipe:
 no warm-up, Adam at 1e-4 with polynomial decay, weight decay 5e-4, batch 2 of whole sections, 10⁴
-joint and 10⁴ fine-tuning steps, 64 features, 20 prototypes. `:cpu` is a narrower net on sections at
-half their size, for two CPU cores; its prototypes start on training patches. `seed` also draws
-which 20 sections train and which 10 validate.
+joint and 10⁴ fine-tuning steps, 64 features, 20 prototypes. `seed` also draws which 20 sections
+train and which 10 validate.
+
+`:authors` is what the history of the authors' repository holds: their ten sections, their rule of
+the error (`eval.py --interpretability`), 20 prototypes a class, crops of half to one and a half
+times the size; ours has GroupNorm, weight decay, and none of their two slips (docs/method.md).
+`:cpu` is a narrower net on sections at half their size, for two CPU cores; its prototypes start on
+training patches. `:lite0` has a frozen EfficientNet-Lite0 with ImageNet weights.
 """
 
 from protoseg_jax.config import ConfigDict, default, require_row
 
-ROWS = ("paper", "cpu")
+ROWS = ("paper", "authors", "cpu", "lite0")
 
 
 def get_config(row: str = "paper") -> ConfigDict:
@@ -32,9 +37,33 @@ def get_config(row: str = "paper") -> ConfigDict:
     c.log_every = 10
     c.eval_every = 1000
     c.checkpoint_every = 500
+    if row == "authors":
+        c.data.split = "authors"
+        c.augment.update({"scale": (0.5, 1.5), "turns": False, "elastic": 0.0})
+        c.model.prototypes_per_class = 20
+        c.measures += ("thresholds",)
     if row == "cpu":
         _cpu(c)
+    if row == "lite0":
+        _lite0(c)
     return c
+
+
+def _lite0(c: ConfigDict) -> None:
+    c.batch_size = 4
+    c.augment.update({"elastic": 0.0, "views": 8})
+    # Rows 1 to 3 have strides 2, 4 and 8: a membrane is a few pixels wide.
+    c.model.update({"backbone": "efficientnet", "depth": 0, "output_stride": 32, "width": 64})
+    c.model.update({"stages": (1, 2, 3, 5), "features": 32, "prototype_init": "patches"})
+    c.model.update({"stride_in": "auto", "preprocessing": "auto"})
+    c.pretrained.path = "efficientnet-lite0"
+    rates = {"decoder": 2e-3, "prototypes": 1e-2}
+    c.phases.joint = {"steps": 400, "learning_rates": rates, "schedule": "poly"}
+    c.phases.warmup.learning_rates = rates
+    head = {"steps": 50, "learning_rates": {"head": 1e-2}, "schedule": "poly"}
+    c.phases.finetune.update(head)
+    c.phases.finetune_pruned.update(head)
+    c.eval_every = 0
 
 
 def _cpu(c: ConfigDict) -> None:

@@ -41,6 +41,7 @@ def default() -> ConfigDict:
     c.data.workers = 0  # worker processes that read images; 0: threads
     c.data.train_split = "train"
     c.data.projection_split = "train"  # where prototypes' patches come from
+    c.data.split = text()  # "authors": the one of the paper's authors ("isbi_em"); None: drawn
     c.data.held_out = text()  # a class to be void, for the novelty test
     c.data.void = 255  # mask value without a class (data set "folder")
     c.data.mask_values = ()  # mask value of each class ("folder"): (0, 255); (): its number

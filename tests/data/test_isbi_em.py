@@ -107,3 +107,22 @@ def test_bad_folders(tmp_path):
         load(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("make", [make_stacks, make_folders])
+def test_the_authors_split_goes_by_the_numbers(tmp_path, make):
+    make(tmp_path / "em", count=12, size=16)
+    data = load_named("isbi_em", tmp_path / "em", tmp_path, **{"data.split": "authors"})
+    assert [int(n) for n in data.drawn["validation"]] == [1, 4, 7, 10]
+    assert [int(n) for n in data.drawn["train"]] == [0, 2, 3, 5, 6, 8, 9, 11]
+
+
+def test_a_split_that_there_is_not(tmp_path):
+    make_folders(tmp_path / "em", count=3, size=16)
+    with pytest.raises(UserError, match="is no split of isbi_em"):
+        load_named("isbi_em", tmp_path / "em", tmp_path, **{"data.split": "paper"})
+    for folder in ("image", "label"):
+        path = next((tmp_path / "em" / folder).iterdir())
+        path.rename(path.with_name("first.png"))
+    with pytest.raises(UserError, match="'first' has no number"):
+        load_named("isbi_em", tmp_path / "em", tmp_path, **{"data.split": "authors"})

@@ -15,9 +15,11 @@ image/  label/
 
 Images are grey; labels are 0 (membrane) and 255 or 1 (inside). The challenge keeps the labels of
 its test sections, so a seeded third of the labelled ones is held out for validation (of 30 sections
-10, as in section 5); which, is written into a run's folder.
+10, as in section 5); which, is written into a run's folder. With `data.split = "authors"` it is
+every third by the numbers in the files' names (a stack's pages count from 0), from 1 on: 1, 4, 7, …
 """
 
+import re
 from pathlib import Path
 
 import ml_collections
@@ -49,7 +51,7 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
             f"isbi_em: {root} holds {len(sections)} section(s); at least 2 are needed to hold "
             "one out"
         )
-    splits = prepare.draw_split(sections, config.seed, _ONE_IN)
+    splits = _split(sections, config)
     drawn = {split: [name for name, *_ in of] for split, of in splits.items()}
     test = root / "test-volume.tif"
     if test.is_file():
@@ -62,6 +64,33 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
         return _example(section, reading)
 
     return prepare.DataSet("isbi_em", LABELS, splits, example, source, drawn=drawn)
+
+
+def _split(sections: list[Section], config: ml_collections.ConfigDict) -> dict[str, list[Section]]:
+    """The sections that train and those that validate."""
+    if config.data.split is None:
+        return prepare.draw_split(sections, config.seed, _ONE_IN)
+    if config.data.split != "authors":
+        raise UserError(
+            f"data.split={config.data.split!r} is no split of isbi_em; set it to 'authors', or "
+            "leave it out to have one drawn by the seed"
+        )
+    splits = {"train": [], "validation": []}
+    for section in sections:
+        number = re.search(r"(\d+)$", section[0])
+        if number is None:
+            raise UserError(
+                f"isbi_em: section {section[0]!r} has no number at the end of its name, which "
+                "data.split='authors' goes by; rename the files, or leave data.split out"
+            )
+        held_out = int(number[1]) % _ONE_IN == 1
+        splits["validation" if held_out else "train"].append(section)
+    if not all(splits.values()):
+        raise UserError(
+            "isbi_em: data.split='authors' leaves no section on one side; it is for the numbers "
+            "of the challenge's 30 sections"
+        )
+    return splits
 
 
 def _example(section: Section, reading: Reading) -> prepare.Example:
