@@ -33,16 +33,6 @@ from protoseg_jax.run.checkpoints import Checkpoint
 from protoseg_jax.run.experiment import Experiment
 
 _FORMAT = 1  # raise it when what is stored, or how a view is drawn, changes
-# Keys of config.model that say nothing of the backbone.
-_BEHIND = (
-    "head",
-    "directions",
-    "features",
-    "prototypes_per_class",
-    "prototype_init",
-    "activation",
-    "similarity",
-)
 
 
 def check(experiment: Experiment) -> None:
@@ -174,7 +164,7 @@ def _open(experiment: Experiment, start: Checkpoint) -> Views:
     variables = {name: {group: tree.get(group, {})} for name, tree in start.variables.items()}
     batch = -(-config.eval_batch_size // pool.count) * pool.count
     folder = Path(config.data.cache).expanduser()
-    folder /= f"views-{_fingerprint(experiment, variables)}"
+    folder /= f"views-{_fingerprint(experiment, inference, variables)}"
     dtype, tree = _layout(inference, variables)
     paths = tuple(folder / f"{view:03d}.maps" for view in range(config.augment.views + 1))
     views = Views(paths, len(experiment.source(config.data.train_split)), dtype, tree)
@@ -199,17 +189,17 @@ def _open(experiment: Experiment, start: Checkpoint) -> Views:
     return views
 
 
-def _fingerprint(experiment: Experiment, variables: Any) -> str:
+def _fingerprint(experiment: Experiment, inference: Inference, variables: Any) -> str:
     """Of all that decides the maps, but for the rounding errors of another number of devices."""
     config, digest = experiment.config, hashlib.sha256()
     for path, x in jax.tree_util.tree_leaves_with_path(variables):
         digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape} ".encode())
         digest.update(np.ascontiguousarray(x))
-    model = {key: value for key, value in sorted(config.model.items()) if key not in _BEHIND}
+    backbone = type(inference.model.backbone).__module__, inference.model.backbone
     augment = {key: value for key, value in sorted(config.augment.items()) if key != "views"}
     sizes, data = (tuple(config.crop_size), tuple(config.eval_size)), config.data
     source = experiment.data.folder, data.train_split, data.held_out
-    decides = [_FORMAT, digest.hexdigest(), model, augment, sizes, config.compute_dtype]
+    decides = [_FORMAT, digest.hexdigest(), backbone, inference.preprocessing, augment, sizes]
     platform = jax.local_devices()[0].platform
     return prepare.fingerprint([*decides, config.seed, source, platform, jax.__version__])
 

@@ -214,6 +214,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(made, root, tmp_path):
         views._open(other, start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["prototypes", "linear"])
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(root, tmp_path, head, monkeypatch):
     config = make_config(root)
