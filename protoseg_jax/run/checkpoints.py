@@ -59,6 +59,11 @@ class Checkpoint:
         return self.phase if self.finished else f"{self.phase}-{self.step:07d}"
 
     @property
+    def num_prototypes(self) -> int:
+        """Prototypes, or directions; the bias beside those is none."""
+        return sum(p.class_ >= 0 for p in self.prototypes)
+
+    @property
     def variables(self) -> dict[str, Any]:
         """The arrays as the model's variables."""
         frozen = {"frozen": self.arrays["frozen"]} if self.arrays["frozen"] else {}

@@ -10,6 +10,7 @@ import os
 import numpy as np
 from jaxtyping import Float
 
+from protoseg_jax import models
 from protoseg_jax.errors import UserError
 from protoseg_jax.inference import Inference
 from protoseg_jax.run.checkpoints import Checkpoint
@@ -48,9 +49,9 @@ class Finished:
         return cls(workdir, experiment, phase, workdir.checkpoints.restore(phase))
 
     def __repr__(self) -> str:
-        count, classes = len(self.checkpoint.prototypes), ", ".join(self.experiment.labels.names)
+        count, classes = self.checkpoint.num_prototypes, ", ".join(self.experiment.labels.names)
         name = f"{type(self).__name__} {self.workdir.path}, phase {self.phase}"
-        return f"<{name}: {count} prototypes of {classes}>"
+        return f"<{name}: {count} {models.kind(self.experiment.config.model)}s of {classes}>"
 
     @functools.cached_property
     def inference(self) -> Inference:

@@ -187,7 +187,7 @@ def _summarise(live: Live, phase: Phase, checkpoint: Checkpoint) -> None:
     entry = {
         "phase": phase.name,
         "steps": checkpoint.step if phase.kind == "train" else None,
-        "num_prototypes": None if live.experiment.black_box else len(checkpoint.prototypes),
+        "num_prototypes": None if live.experiment.black_box else checkpoint.num_prototypes,
         **{k: scores[k] for k in _SCORES},
         **{k: scores[k] for k in ("f_error", "overlap_pooled") if k in scores},
         "seconds": round(checkpoint.seconds, 2),
