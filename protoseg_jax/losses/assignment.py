@@ -9,7 +9,15 @@ transport, and each point's distances are trained to say which one it got:
 k over the prototypes of the point's class, d = ‖z − p‖². The assignment a, of which there is no
 gradient, is what Sinkhorn's iteration makes of exp(−d / ε): each prototype's share of its class's
 points in the *global* batch is made equal, then each point's shares are made to sum to 1, three
-times. A relative of Asano et al. (SeLa, 2020), Caron et al. (SwAV, 2020) and Zhou et al.
+times.
+
+Where the model gives a context t, the backbone's own map, this a is only the beginning: with it
+each prototype has a mean of t over the batch, and what counts is the a that the same iteration
+makes of the squared distances to those means: a step of k-means in the backbone's map, by whose
+clusters z is then trained. What the backbone knows of parts is more than what cross-entropy leaves
+of it in z.
+
+Relatives: Asano et al. (SeLa, 2020), Caron et al. (SwAV, 2020) and Zhou et al.
 (Rethinking Semantic Segmentation, 2022).
 """
 
@@ -35,6 +43,9 @@ def make(config: ConfigDict, classes: np.ndarray, num_classes: int, weights: Wei
     def total(output: Output, labels: Int[Array, "b h w"]) -> Float[Array, ""]:
         own, members, real = of_own_class(output.distances, labels, classes, num_classes)
         target = assign(jax.lax.stop_gradient(own), members, real, config.assignment_epsilon)
+        if output.context is not None:
+            apart = to_centres(output.context, target, members)
+            target = assign(apart, members, real, config.assignment_context)
         return cross_entropy(own, target, members, real, config.assignment_tau).sum()
 
     several = np.bincount(classes, minlength=num_classes) >= 2
@@ -89,6 +100,27 @@ def assign(
     for _ in range(STEPS):
         log_a = by_point(by_prototype(log_a))
     return jnp.exp(log_a)
+
+
+def to_centres(
+    context: Float[Array, "b h w t"], a: Float[Array, "b n k"], members: Bool[Array, "b n c"]
+) -> Float[Array, "b n k"]:
+    """Mean squared difference, over the channels, of each point's context and that of the points
+    of each prototype of its class: the mean over the global batch, weighted by their shares a.
+
+    To be called as `assign` is.
+    """
+    t = context.reshape(*a.shape[:2], -1).astype(jnp.float32)
+    weights = members.astype(jnp.float32)
+    shares = jnp.einsum("bnc,bnk->bnck", weights, a, precision=_PRECISION)
+    sums = jnp.einsum("bnck,bnt->ckt", shares, t, precision=_PRECISION)
+    sums, total = psum((sums, shares.sum((0, 1))))
+    centres = sums / jnp.where(total > 0, total, 1.0)[..., None]
+    across = jnp.einsum("bnt,ckt->bnck", t, centres, precision=_PRECISION)
+    across = jnp.square(centres).sum(-1) - 2 * across
+    own = jnp.where(members[..., None], across, 0.0).sum(2)
+    known = members.any(-1, keepdims=True)
+    return jnp.where(known, own + jnp.square(t).sum(-1, keepdims=True), 0.0) / t.shape[-1]
 
 
 def cross_entropy(

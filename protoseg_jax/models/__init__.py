@@ -67,7 +67,10 @@ def build(
     activation, similarity = config.activation, config.similarity
     require("activation", activation, ACTIVATIONS)
     require("similarity", similarity, SIMILARITIES)
-    return ProtoSeg(backbone, decoder, scales, num_prototypes, num_classes, activation, similarity)
+    if config.context is not None and scales:
+        raise UserError("config.model.context does not go with model.msc; leave one of them out")
+    parts = backbone, decoder, scales
+    return ProtoSeg(*parts, num_prototypes, num_classes, activation, similarity, config.context)
 
 
 def network(config: ConfigDict) -> types.ModuleType:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from protoseg_jax.errors import UserError
 from protoseg_jax.models.layers import resize
 from protoseg_jax.models.prototypes import SIMILARITIES, LastLayer, PrototypeLayer
 
@@ -28,12 +29,15 @@ class Output:
       distances: ‖z − p‖² to each prototype; None for the black box.
       similarities: eq. 1 of them; None for the black box.
       logits: of each class.
+      context: what the backbone says at each point, for the assignment loss; None where the model
+        does not give it. No gradient goes through it.
     """
 
     features: Float[Array, "b h w d"]
     distances: Float[Array, "b h w m"] | None
     similarities: Float[Array, "b h w m"] | None
     logits: Float[Array, "b h w c"]
+    context: Float[Array, "b h w t"] | None = None
 
 
 class BlackBox(nn.Module):
@@ -113,12 +117,15 @@ class ProtoSeg(BlackBox):
       activation: between decoder and prototypes, a key of `ACTIVATIONS`. The paper is silent; the
         sigmoid, by which z is in (0, 1)^D, is the released code's.
       similarity: a key of `prototypes.SIMILARITIES`.
+      context: number of the backbone's map that training's outputs have as their context; None:
+        they have none.
     """
 
     num_prototypes: int
     num_classes: int
     activation: str
     similarity: str
+    context: int | None = None
 
     def setup(self):
         self.prototypes = PrototypeLayer(self.num_prototypes)
@@ -130,3 +137,28 @@ class ProtoSeg(BlackBox):
         distances = self.prototypes(features)
         similarities = SIMILARITIES[self.similarity](distances)
         return Output(features, distances, similarities, self.head(similarities))
+
+    def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
+        """As of every model; with a context where that is asked for, which goes without MSC."""
+        if self.context is None:
+            return super().outputs(images)
+        return self.outputs_of(self.encode(images))
+
+    def outputs_of(self, encoded: Any) -> list[Output]:
+        """As of every model, with the context, if any: the backbone's map at the size of z, each
+        point's channels with mean 0 and deviation 1."""
+        (output,) = super().outputs_of(encoded)
+        if self.context is None:
+            return [output]
+        maps = encoded if isinstance(encoded, tuple | list) else (encoded,)
+        if not -len(maps) <= self.context < len(maps):
+            raise UserError(
+                f"model.context={self.context} is none of the backbone's {len(maps)} map(s); they "
+                f"are numbered from 0, or from −1 backwards"
+            )
+        x = jax.lax.stop_gradient(maps[self.context].astype(jnp.float32))
+        x = jax.nn.standardize(x, axis=-1)
+        size = output.features.shape[1:3]
+        if x.shape[1:3] != size:
+            x = resize(x, size, (size[0] / x.shape[1], size[1] / x.shape[2]))
+        return [output.replace(context=x)]
