@@ -27,13 +27,14 @@ def make_term(owners=OWNERS, **changes):
     return losses.terms(settings_, np.asarray(owners), CLASSES)[1]
 
 
-def slow(distances, labels, owners, epsilon, tau, steps=3):
-    """(loss at each point, assignment at each point by prototype), one number after another."""
+def slow_assignment(distances, labels, owners, epsilon, steps=3):
+    """The assignment at each point by prototype, one number after another."""
     points = [p for p in np.ndindex(labels.shape) if labels[p] != VOID]
     a = {}
     for p in points:
         own = [j for j, c in enumerate(owners) if c == labels[p]]
-        e = [math.exp(-(distances[p][j] - min(distances[p][own])) / epsilon) for j in own]
+        least = min((distances[p][j] for j in own), default=0)
+        e = [math.exp(-(distances[p][j] - least) / epsilon) for j in own]
         a[p] = {j: x / sum(e) for j, x in zip(own, e, strict=True)}
     for _ in range(steps):
         for j in range(len(owners)):
@@ -44,6 +45,22 @@ def slow(distances, labels, owners, epsilon, tau, steps=3):
         for p in points:
             total = sum(a[p].values())
             a[p] = {j: x / total for j, x in a[p].items()}
+    return a
+
+
+def slow(distances, labels, owners, epsilon, tau, context=None, epsilon_t=0.05):
+    """(loss at each point, assignment at each point by prototype)."""
+    a = slow_assignment(distances, labels, owners, epsilon)
+    points = list(a)
+    if context is not None:
+        apart = np.zeros(distances.shape)
+        for j in range(len(owners)):
+            held = [p for p in points if j in a[p]]
+            total = sum(a[p][j] for p in held)
+            for p in held:
+                centre = sum(a[q][j] * context[q] for q in held) / total
+                apart[p][j] = np.square(context[p] - centre).mean()
+        a = slow_assignment(apart, labels, owners, epsilon_t)
     loss = np.zeros(labels.shape)
     for p in points:
         if len(a[p]) >= 2:
@@ -61,20 +78,19 @@ def make(seed, shape=(4, 5, 6), far=1.0):
 
 @functools.cache
 def mapped(devices, term):
-    def total(distances, labels):
-        found = term.total(Output(None, distances, None, None), labels)
-        return jax.lax.psum((found, term.count(labels)), "devices")
-
-    def both(distances, labels):
+    def both(distances, labels, context=None):
         # The gradient of this device's part, whose assignment the other devices share in.
-        part = lambda d: term.total(Output(None, d, None, None), labels)  # noqa: E731
-        return total(distances, labels), jax.grad(part)(distances)
+        def part(distances):
+            return term.total(Output(None, distances, None, None, context), labels)
+
+        found = jax.lax.psum((part(distances), term.count(labels)), "devices")
+        return found, jax.grad(part)(distances)
 
     pool = DevicePool(jax.local_devices()[:devices])
     step = pool.map(both)
 
-    def call(distances, labels):
-        (value, count), gradient = step(*pool.shard((distances, labels)))
+    def call(distances, labels, *context):
+        (value, count), gradient = step(*pool.shard((distances, labels, *context)))
         return float(value[0]), float(count[0]), np.asarray(gradient).reshape(distances.shape)
 
     return call
@@ -114,6 +130,31 @@ def test_devices_share_one_assignment(seed, devices):
     one, several = mapped(1, TERM)(distances, labels), mapped(devices, TERM)(distances, labels)
     assert several[0] == pytest.approx(one[0], rel=1e-5) and several[1] == one[1]
     np.testing.assert_allclose(several[2], one[2], atol=1e-5)
+
+
+@given(SEEDS)
+@settings(max_examples=8, deadline=None)
+def test_with_a_context_it_is_one_step_of_k_means_there(seed):
+    distances, labels = make(seed)
+    context = np.random.default_rng(seed).normal(size=(*labels.shape, 7)).astype(np.float32)
+    value, count, gradient = mapped(1, TERM)(distances, labels, context)
+    wide = distances.astype(np.float64), labels, OWNERS, 0.05, 0.1
+    literal, a = slow(*wide, context.astype(np.float64))
+    assert value == pytest.approx(literal.sum(), rel=1e-3)
+    assert value != pytest.approx(slow(*wide)[0].sum(), rel=1e-3)
+    assert count == np.isin(labels, (0, 1, 2)).sum()
+    several = mapped(4, TERM)(distances, labels, context)
+    assert several[0] == pytest.approx(value, rel=1e-4) and several[1] == count
+    np.testing.assert_allclose(several[2], gradient, atol=1e-4)
+
+
+def test_a_void_point_s_context_says_nothing():
+    distances, labels = make(7)
+    labels[0, :, :2] = VOID
+    context = np.random.default_rng(0).normal(size=(*labels.shape, 7)).astype(np.float32)
+    value, *_ = mapped(1, TERM)(distances, labels, context)
+    context[labels == VOID] = 1e6
+    assert mapped(1, TERM)(distances, labels, context)[0] == pytest.approx(value, rel=1e-5)
 
 
 def assigned(distances, labels, owners=OWNERS, epsilon=0.05, steps=None):
