@@ -205,3 +205,47 @@ def test_unknown_preprocessing_is_refused():
     measured = make_config(preprocessing="data", mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
     assert preprocessing.from_config(measured).padding_colour == (1, 2, 3)
     assert preprocessing.KNOWN["caffe"].padding_colour == (123, 117, 104)
+
+
+UNET = {"backbone": "unet", "depth": 1, "width": 4, "output_stride": 1, "features": 8}
+
+
+def context_of(number, method="outputs", **changes):
+    """(the output with its context, the backbone's maps) of a U-Net, which has two."""
+    model = models.build(make_config(**UNET, context=number, **changes), 2, 4, jnp.float32)
+    images = jax.random.normal(jax.random.key(1), (2, 16, 24, 3))
+    variables = model.init(jax.random.key(0), images)
+    maps = model.apply(variables, images, method="encode")
+    seen = maps if method == "outputs_of" else images
+    return model.apply(variables, seen, method=method)[0], maps, (model, variables, images)
+
+
+@pytest.mark.parametrize("method", ["outputs", "outputs_of"])
+@pytest.mark.parametrize("number", [0, 1, -1])
+def test_the_context_is_a_map_of_the_backbone_standardised(number, method):
+    output, maps, _ = context_of(number, method)
+    x = np.asarray(maps[number], np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    assert output.context.shape[:3] == output.features.shape[:3] == (2, 16, 24)
+    if x.shape[1:3] == (16, 24):
+        np.testing.assert_allclose(output.context, x, atol=1e-3)
+    else:  # half as large: bilinear between its points
+        np.testing.assert_allclose(output.context[:, 0, 0], x[:, 0, 0], atol=1e-3)
+        between = 0.75 * x[:, 0, 0] + 0.25 * x[:, 0, 1]
+        np.testing.assert_allclose(output.context[:, 0, 1], between, atol=1e-3)
+
+
+def test_no_gradient_goes_through_the_context_and_inference_has_none():
+    _, _, (model, variables, images) = context_of(0)
+    gradient = jax.grad(
+        lambda v: model.apply(v, images, method="outputs")[0].context.astype(jnp.float32).sum()
+    )(variables)
+    assert all(not np.any(x) for x in jax.tree.leaves(gradient))
+    assert model.apply(variables, images).context is None
+
+
+def test_a_context_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match=r"none of the backbone's 2 map\(s\)"):
+        context_of(2)
+    with pytest.raises(UserError, match="does not go with model.msc"):
+        context_of(0, msc=(0.5,))
