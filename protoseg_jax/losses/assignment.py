@@ -11,11 +11,11 @@ gradient, is what Sinkhorn's iteration makes of exp(−d / ε): each prototype's
 points in the *global* batch is made equal, then each point's shares are made to sum to 1, three
 times.
 
-Where the model gives a context t, the backbone's own map, this a is only the beginning: with it
-each prototype has a mean of t over the batch, and what counts is the a that the same iteration
-makes of the squared distances to those means: a step of k-means in the backbone's map, by whose
-clusters z is then trained. What the backbone knows of parts is more than what cross-entropy leaves
-of it in z.
+With `model.context` the points are divided by the backbone's own map instead, which knows more of
+parts than cross-entropy leaves in z. Each prototype has an *anchor* in it, a vector that only
+training knows; a is made of exp(−e / ε_t), e the mean squared difference of a point to an anchor
+over the map's channels; Σ_k a_k e_k is added to the loss, which moves the anchors alone: k-means
+with clusters of one size. So z learns to tell the clusters of that map apart.
 
 Relatives: Asano et al. (SeLa, 2020), Caron et al. (SwAV, 2020) and Zhou et al.
 (Rethinking Semantic Segmentation, 2022).
@@ -42,11 +42,15 @@ def make(config: ConfigDict, classes: np.ndarray, num_classes: int, weights: Wei
 
     def total(output: Output, labels: Int[Array, "b h w"]) -> Float[Array, ""]:
         own, members, real = of_own_class(output.distances, labels, classes, num_classes)
-        target = assign(jax.lax.stop_gradient(own), members, real, config.assignment_epsilon)
-        if output.context is not None:
-            apart = to_centres(output.context, target, members)
-            target = assign(apart, members, real, config.assignment_context)
-        return cross_entropy(own, target, members, real, config.assignment_tau).sum()
+        several = (members & (real.sum(1) >= 2)).any(-1)
+        by, epsilon, anchors = own, config.assignment_epsilon, output.apart is not None
+        if anchors:
+            by, *_ = of_own_class(output.apart, labels, classes, num_classes)
+            epsilon = config.assignment_context
+        target = assign(jax.lax.stop_gradient(by), members, real, epsilon)
+        target = jnp.where(several[..., None], target, 0.0)
+        means = (target * by).sum() if anchors else 0.0  # k-means', for the anchors
+        return means + cross_entropy(own, target, members, real, config.assignment_tau).sum()
 
     several = np.bincount(classes, minlength=num_classes) >= 2
     return Term(
@@ -100,27 +104,6 @@ def assign(
     for _ in range(STEPS):
         log_a = by_point(by_prototype(log_a))
     return jnp.exp(log_a)
-
-
-def to_centres(
-    context: Float[Array, "b h w t"], a: Float[Array, "b n k"], members: Bool[Array, "b n c"]
-) -> Float[Array, "b n k"]:
-    """Mean squared difference, over the channels, of each point's context and that of the points
-    of each prototype of its class: the mean over the global batch, weighted by their shares a.
-
-    To be called as `assign` is.
-    """
-    t = context.reshape(*a.shape[:2], -1).astype(jnp.float32)
-    weights = members.astype(jnp.float32)
-    shares = jnp.einsum("bnc,bnk->bnck", weights, a, precision=_PRECISION)
-    sums = jnp.einsum("bnck,bnt->ckt", shares, t, precision=_PRECISION)
-    sums, total = psum((sums, shares.sum((0, 1))))
-    centres = sums / jnp.where(total > 0, total, 1.0)[..., None]
-    across = jnp.einsum("bnt,ckt->bnck", t, centres, precision=_PRECISION)
-    across = jnp.square(centres).sum(-1) - 2 * across
-    own = jnp.where(members[..., None], across, 0.0).sum(2)
-    known = members.any(-1, keepdims=True)
-    return jnp.where(known, own + jnp.square(t).sum(-1, keepdims=True), 0.0) / t.shape[-1]
 
 
 def cross_entropy(

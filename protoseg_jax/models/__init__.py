@@ -107,7 +107,7 @@ def uses(config: ConfigDict, name: str) -> bool:
 
 def decay(config: ConfigDict) -> dict[str, Callable[[tuple[str, ...]], bool]]:
     """The rule of weight decay of every group of parameters; none on prototypes and w_h."""
-    never = dict.fromkeys(("prototypes", "head"), lambda path: False)
+    never = dict.fromkeys(("prototypes", "anchors", "head"), lambda path: False)
     twins = {"head": is_kernel} if config.head == "linear" else {}
     return {**network(config).GROUPS, **never, **twins}
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from protoseg_jax.errors import UserError
 from protoseg_jax.models.layers import resize
-from protoseg_jax.models.prototypes import SIMILARITIES, LastLayer, PrototypeLayer
+from protoseg_jax.models.prototypes import SIMILARITIES, AnchorLayer, LastLayer, PrototypeLayer
 
 ACTIVATIONS = {"sigmoid": nn.sigmoid, "none": lambda x: x}
 
@@ -29,15 +29,15 @@ class Output:
       distances: ‖z − p‖² to each prototype; None for the black box.
       similarities: eq. 1 of them; None for the black box.
       logits: of each class.
-      context: what the backbone says at each point, for the assignment loss; None where the model
-        does not give it. No gradient goes through it.
+      apart: of each prototype's anchor and what the backbone says, the mean squared difference over
+        its channels, for the assignment loss; None where the model has no anchors.
     """
 
     features: Float[Array, "b h w d"]
     distances: Float[Array, "b h w m"] | None
     similarities: Float[Array, "b h w m"] | None
     logits: Float[Array, "b h w c"]
-    context: Float[Array, "b h w t"] | None = None
+    apart: Float[Array, "b h w m"] | None = None
 
 
 class BlackBox(nn.Module):
@@ -90,7 +90,7 @@ class BlackBox(nn.Module):
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Output:
         """Normalised images → what inference says, at the size of the whole image's map."""
-        return self.outputs(images)[-1].replace(context=None)  # which training alone looks at
+        return self.outputs(images)[-1].replace(apart=None)  # which training alone looks at
 
 
 class LinearTwin(BlackBox):
@@ -117,8 +117,8 @@ class ProtoSeg(BlackBox):
       activation: between decoder and prototypes, a key of `ACTIVATIONS`. The paper is silent; the
         sigmoid, by which z is in (0, 1)^D, is the released code's.
       similarity: a key of `prototypes.SIMILARITIES`.
-      context: number of the backbone's map that training's outputs have as their context; None:
-        they have none.
+      context: number of the backbone's map that each prototype has an anchor in, for training
+        alone; None: no anchors.
     """
 
     num_prototypes: int
@@ -130,6 +130,8 @@ class ProtoSeg(BlackBox):
     def setup(self):
         self.prototypes = PrototypeLayer(self.num_prototypes)
         self.head = LastLayer(self.num_classes)
+        if self.context is not None:
+            self.anchors = AnchorLayer(self.num_prototypes)
 
     def classify(self, maps: Float[Array, "b h w d"]) -> Output:
         """Distances, similarities and logits of what the decoder says."""
@@ -139,14 +141,14 @@ class ProtoSeg(BlackBox):
         return Output(features, distances, similarities, self.head(similarities))
 
     def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
-        """As of every model; with a context where that is asked for, which goes without MSC."""
+        """As of every model; with anchors where there are some, which goes without MSC."""
         if self.context is None:
             return super().outputs(images)
         return self.outputs_of(self.encode(images))
 
     def outputs_of(self, encoded: Any) -> list[Output]:
-        """As of every model, with the context, if any: the backbone's map at the size of z, each
-        point's channels with mean 0 and deviation 1."""
+        """As of every model; anchors are in the backbone's map at the size of z, each point's
+        channels with mean 0 and deviation 1. No gradient goes into that map."""
         (output,) = super().outputs_of(encoded)
         if self.context is None:
             return [output]
@@ -161,4 +163,4 @@ class ProtoSeg(BlackBox):
         size = output.features.shape[1:3]
         if x.shape[1:3] != size:
             x = resize(x, size, (size[0] / x.shape[1], size[1] / x.shape[2]))
-        return [output.replace(context=x)]
+        return [output.replace(apart=self.anchors(x))]

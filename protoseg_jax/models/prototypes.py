@@ -80,6 +80,21 @@ class PrototypeLayer(nn.Module):
         return squared_distances(z, self.param("vectors", nn.initializers.uniform(1.0), shape))
 
 
+class AnchorLayer(nn.Module):
+    """Mean squared differences to `num_prototypes` vectors, initially normal, in another map than
+    z (`losses/assignment.py`)."""
+
+    num_prototypes: int
+
+    @nn.compact
+    def __call__(self, t: Float[Array, "b h w t"]) -> Float[Array, "b h w m"]:
+        shape = (self.num_prototypes, t.shape[-1])
+        q = self.param("vectors", nn.initializers.normal(1.0), shape)
+        across = jnp.matmul(t, q.T, precision=jax.lax.Precision.HIGHEST)
+        squares = jnp.square(t).sum(-1, keepdims=True) + jnp.square(q).sum(-1)
+        return (squares - 2 * across) / t.shape[-1]
+
+
 class LastLayer(nn.Module):
     """h: similarities → logits by w_h, no bias; starts from `equal_blocks`."""
 

@@ -74,6 +74,8 @@ class Checkpoint:
         params, at = dict(self.arrays["params"]), np.asarray(positions)
         params["prototypes"] = {"vectors": np.asarray(params["prototypes"]["vectors"])[at]}
         params["head"] = {"kernel": np.asarray(params["head"]["kernel"])[at]}
+        if "anchors" in params:
+            params["anchors"] = {"vectors": np.asarray(params["anchors"]["vectors"])[at]}
         arrays = {"params": params, "frozen": self.arrays["frozen"]}
         kept = [self.prototypes[j] for j in at.tolist()]
         return dataclasses.replace(self, arrays=arrays, prototypes=kept)

@@ -99,6 +99,8 @@ def _phase(config: ml_collections.ConfigDict, name: str, steps: int) -> Phase:
         if network[1] in rates and models.twin_has_head(config.model):
             rates["head"] = rates[network[1]]
     kind = DIRECTIONS if name == DIRECTIONS else "train"
+    if config.model.context is not None and "prototypes" in rates and kind == "train":
+        rates["anchors"] = rates["prototypes"]
     return Phase(name, kind, steps, rates, section.schedule)
 
 

@@ -210,8 +210,8 @@ def test_unknown_preprocessing_is_refused():
 UNET = {"backbone": "unet", "depth": 1, "width": 4, "output_stride": 1, "features": 8}
 
 
-def context_of(number, method="outputs", **changes):
-    """(the output with its context, the backbone's maps) of a U-Net, which has two."""
+def with_anchors(number, method="outputs", **changes):
+    """(the output, the backbone's maps, the model and its variables) of a U-Net, which has two."""
     model = models.build(make_config(**UNET, context=number, **changes), 2, 4, jnp.float32)
     images = jax.random.normal(jax.random.key(1), (2, 16, 24, 3))
     variables = model.init(jax.random.key(0), images)
@@ -222,30 +222,34 @@ def context_of(number, method="outputs", **changes):
 
 @pytest.mark.parametrize("method", ["outputs", "outputs_of"])
 @pytest.mark.parametrize("number", [0, 1, -1])
-def test_the_context_is_a_map_of_the_backbone_standardised(number, method):
-    output, maps, _ = context_of(number, method)
+def test_anchors_are_in_a_map_of_the_backbone_standardised(number, method):
+    output, maps, (_, variables, _) = with_anchors(number, method)
+    anchors = np.asarray(variables["params"]["anchors"]["vectors"], np.float64)
     x = np.asarray(maps[number], np.float64)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    assert output.context.shape[:3] == output.features.shape[:3] == (2, 16, 24)
-    if x.shape[1:3] == (16, 24):
-        np.testing.assert_allclose(output.context, x, atol=1e-3)
-    else:  # half as large: bilinear between its points
-        np.testing.assert_allclose(output.context[:, 0, 0], x[:, 0, 0], atol=1e-3)
-        between = 0.75 * x[:, 0, 0] + 0.25 * x[:, 0, 1]
-        np.testing.assert_allclose(output.context[:, 0, 1], between, atol=1e-3)
+    assert anchors.shape == (4, x.shape[-1]) and output.apart.shape == (2, 16, 24, 4)
+    at = [(0, 0, x[1, 0, 0])]
+    if x.shape[1:3] != (16, 24):  # half as large: bilinear between its points
+        at.append((0, 1, 0.75 * x[1, 0, 0] + 0.25 * x[1, 0, 1]))
+    for row, col, t in at:
+        literal = [np.mean((t - q) ** 2) for q in anchors]
+        np.testing.assert_allclose(output.apart[1, row, col], literal, atol=1e-3)
 
 
-def test_no_gradient_goes_through_the_context_and_inference_has_none():
-    _, _, (model, variables, images) = context_of(0)
-    gradient = jax.grad(
-        lambda v: model.apply(v, images, method="outputs")[0].context.astype(jnp.float32).sum()
-    )(variables)
-    assert all(not np.any(x) for x in jax.tree.leaves(gradient))
-    assert model.apply(variables, images).context is None
+def test_anchors_move_nothing_else_and_inference_does_not_look_at_them():
+    _, _, (model, variables, images) = with_anchors(0)
+    gradient = jax.grad(lambda v: model.apply(v, images, method="outputs")[0].apart.sum())(
+        variables
+    )
+    moved = {
+        group for group, x in gradient["params"].items() if any(map(np.any, jax.tree.leaves(x)))
+    }
+    assert moved == {"anchors"}
+    assert model.apply(variables, images).apart is None
 
 
-def test_a_context_that_there_is_not_is_refused():
+def test_a_map_for_anchors_that_there_is_not_is_refused():
     with pytest.raises(UserError, match=r"none of the backbone's 2 map\(s\)"):
-        context_of(2)
+        with_anchors(2)
     with pytest.raises(UserError, match="does not go with model.msc"):
-        context_of(0, msc=(0.5,))
+        with_anchors(0, msc=(0.5,))
