@@ -2,13 +2,14 @@
 
 python train.py --config=configs/demo.py[:ROW]
 
-The default is trained from scratch by the paper's recipe; `:lite0` has a frozen EfficientNet-Lite0
-with ImageNet weights, which sees images at twice their size.
+The default is trained from scratch by the paper's recipe. `:lite0` has a frozen EfficientNet-Lite0
+with ImageNet weights, which sees images at twice their size, and in place of the diversity loss
+the assignment loss, by which prototypes come to stand for parts; `:lite0_paper` the paper's losses.
 """
 
 from protoseg_jax.config import ConfigDict, default, require_row
 
-ROWS = ("scratch", "lite0")
+ROWS = ("scratch", "lite0", "lite0_paper")
 
 
 def get_config(row: str = "scratch") -> ConfigDict:
@@ -18,7 +19,9 @@ def get_config(row: str = "scratch") -> ConfigDict:
     c.eval_batch_size = 16
     c.data.name = "parts"
     c.model.update({"features": 32, "prototypes_per_class": 8})
-    (_lite0 if row == "lite0" else _scratch)(c)
+    (_scratch if row == "scratch" else _lite0)(c)
+    if row == "lite0":
+        _parts(c)
     c.log_every = 10
     c.eval_every = c.checkpoint_every = 500
     return c
@@ -48,3 +51,10 @@ def _lite0(c: ConfigDict) -> None:
     c.phases.joint = {"steps": 1000, "learning_rates": new, "schedule": "poly"}
     c.phases.finetune.update({"steps": 60, "learning_rates": {"head": 1e-2}})
     c.phases.finetune_pruned.update({"steps": 60, "learning_rates": {"head": 1e-2}})
+
+
+def _parts(c: ConfigDict) -> None:
+    """Points are divided by the backbone's map at stride 16, once anchors have settled in it."""
+    c.loss.update({"diversity": 0.0, "assignment": 0.3, "assignment_tau": 0.5})
+    c.model.context = 1
+    c.phases.warmup = {"steps": 120, "learning_rates": {"prototypes": 3e-2}, "schedule": "constant"}
