@@ -53,17 +53,25 @@ class Task:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-LITE0 = {"backbone": "efficientnet", "depth": 0, "output_stride": 32, "stages": (3, 5, 7)}
+LITE0 = {
+    "backbone": "efficientnet",
+    "depth": 0,
+    "output_stride": 32,
+    "stages": (3, 5, 7),
+    "width": 64,
+}
 LITE0 |= {"preprocessing": "efficientnet_lite"}
 TASKS = {
     "resnet101": Task("DeepLabv2-ResNet-101, 2 × 321²", "pascal", 2, 3, {"msc": ()}),
     "msc": Task("the same with MSC", "pascal", 2, 3),
     "em": Task("EM's U-Net (`:cpu`), 4 × 128²", "isbi_em:cpu", 4, 2),
-    "camvid": Task("CamVid's U-Net, 8 × 180×240", "camvid", 8, 9),
+    "camvid": Task("CamVid's U-Net, 8 × 180×240", "camvid:scratch", 8, 9),
     "demo": Task("the demo's ResNet-14, 8 × 128²", "demo", 8, 3),
     "forward": Task("forward, DeepLabv2-ResNet-101, 1024×2048", "cityscapes", 1, None),
-    "lite0": Task("EfficientNet-Lite0 on several stages, 8 × 180×240", "camvid", 8, 9, LITE0),
-    "lite0_forward": Task("forward, the same", "camvid", 8, None, LITE0),
+    "lite0": Task(
+        "EfficientNet-Lite0 on several stages, 8 × 180×240", "camvid:scratch", 8, 9, LITE0
+    ),
+    "lite0_forward": Task("forward, the same", "camvid:scratch", 8, None, LITE0),
 }
 
 

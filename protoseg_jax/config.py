@@ -160,12 +160,14 @@ def require_row(row: str, rows: tuple[str, ...]) -> None:
 
 # Where a key that a stored config lacks must not take its default.
 _BEFORE = {"model": {"stride_in": "3x3"}}
+_TERMS_BEFORE = ("cross_entropy", "diversity", "l1")
 
 
 def complete(stored: dict[str, Any]) -> ConfigDict:
     """A stored config with every key; one that it lacks takes the value that keeps its behaviour.
 
-    That is the default, but for `_BEFORE` and for phases: one that it lacks has no steps.
+    That is the default, but for `_BEFORE` and for phases: one that it lacks has no steps, but that
+    of directions, which no other run goes through.
 
     Raises:
       UserError: a value is of another type than its key's.
@@ -173,7 +175,14 @@ def complete(stored: dict[str, Any]) -> ConfigDict:
     config, phases = default(), stored.get("phases", {})
     if "parts" in stored.get("measures", ()):  # a default that is gone; measures make no run
         stored = {k: v for k, v in stored.items() if k != "measures"}
+    stored = {key: dict(x) if isinstance(x, dict) else x for key, x in stored.items()}
+    loss, model = stored.get("loss", {}), stored.get("model", {})
+    if "assignment" not in loss and tuple(loss.get("terms", ())) == _TERMS_BEFORE:
+        loss["terms"] = (*_TERMS_BEFORE, "assignment")
+    if model.get("backbone") == "efficientnet" and "views" not in stored.get("augment", {}):
+        model["width"] = model.get("features", config.model.features)  # its decoder had no width
     absent = {name: {"steps": 0} for name in config.phases if name not in phases}
+    absent["directions"] = config.phases.directions.to_dict()
     try:
         for part in (_BEFORE, {k: v for k, v in stored.items() if k != "phases"}):
             config.update(ConfigDict(part))

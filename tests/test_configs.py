@@ -49,6 +49,10 @@ def test_keys_network_and_phases(name):
     of_head = phases.ORDER[1:] if config.model.head == "prototypes" else ("warmup", "joint")
     wanted = [p for p in of_head if config.phases[p].steps]
     assert [p.name for p in phases.from_config(config)] == wanted
+    trained = sum(p.steps for p in phases.from_config(config) if p.kind == "train")
+    config.model.head = "linear"  # every config has a twin, of the same budget
+    twin = phases.from_config(config)
+    assert sum(p.steps for p in twin) == trained and all(p.learning_rates for p in twin)
     assert set(config.phases) == set(phases.ORDER)
     inferences.from_config(config, 3, equal_blocks(30, 3))
 
@@ -67,6 +71,7 @@ def test_a_stored_config_keeps_its_behaviour():
     stored = {
         "batch_size": 3,
         "model": {"backbone": "unet", "preprocessing": "imagenet"},
+        "loss": {"terms": ("cross_entropy", "diversity", "l1"), "diversity": 0.25},
         "phases": {"joint": {"steps": 7, "learning_rates": {"decoder": 1.0}, "schedule": "poly"}},
     }
     config = configs.complete(stored)
@@ -74,6 +79,12 @@ def test_a_stored_config_keeps_its_behaviour():
     assert (config.model.stride_in, config.model.activation) == ("3x3", "sigmoid")
     assert [(p.name, p.steps) for p in phases.from_config(config)] == [("joint", 7)]
     assert dict(phases.from_config(config)[0].learning_rates) == {"decoder": 1.0}
+    assert config.loss.terms == configs.default().loss.terms  # a term of weight 0 changes nothing
+    assert config.phases.directions == configs.default().phases.directions
+    lite = {"model": {"backbone": "efficientnet", "features": 32}, "augment": {"turns": False}}
+    assert configs.complete(lite).model.width == 32  # its decoder had as many channels as z
+    lite["augment"]["views"] = 0
+    assert configs.complete(lite).model.width == 64
     whole = configs.load("camvid")
     assert configs.complete(whole.to_dict()).to_dict() == whole.to_dict()
 

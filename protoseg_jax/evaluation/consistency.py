@@ -69,7 +69,7 @@ def figures(
     """
 
     def share(hit: np.ndarray, classes: np.ndarray) -> float | None:
-        judged = np.isin(classes, part_classes)
+        judged = np.isin(classes, part_classes[part_classes >= 0])
         return float(_often(hit, sums["visible"]).any(0)[judged].mean()) if judged.any() else None
 
     # What the oracle allots to a part is active on all of it, and hits it or misses it alike.

@@ -10,7 +10,8 @@ TITLES = (("novelty_auroc", "novelty AUROC of the held-out class", 100),)
 
 
 def make(context: Context) -> Measure | None:
-    """The `auroc` of the held-out class's points against the rest; None where none is held out."""
+    """The `auroc` of the held-out class's points against the rest; None where none is held out, or
+    directions explain, which have no distances."""
 
     def finish(points: tuple[np.ndarray, np.ndarray]) -> dict[str, float | None]:
         distances, labels = points
@@ -18,7 +19,9 @@ def make(context: Context) -> Measure | None:
         return {"novelty_auroc": auroc(distances[known], labels[known] == context.held_out)}
 
     # Ranks need every point: there is nothing to sum.
-    return None if context.held_out is None else Measure(_step, finish, summed=False)
+    if context.held_out is None or not context.experiment.trains_prototypes:
+        return None
+    return Measure(_step, finish, summed=False)
 
 
 def _step(seen: Seen) -> tuple[Float[Array, "h w"], Int[Array, "h w"]]:

@@ -18,6 +18,7 @@ from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import measures, overlap, segmentation
 from protoseg_jax.files import read_json
 from protoseg_jax.models import weights
+from protoseg_jax.run.phases import DIRECTIONS
 from protoseg_jax.run.workdir import FREE_KEYS, Workdir, flat
 
 
@@ -187,6 +188,11 @@ class Run:
     removed: tuple[int, ...] = ()
 
     @property
+    def last(self) -> str:
+        """The phase that its explanations are measured after."""
+        return DIRECTIONS if self.config["model"]["head"] == "directions" else _LAST
+
+    @property
     def deviations(self) -> list[str]:
         """How the config departs from the paper's recipe."""
         name, start = self.config["data"]["name"], self.config["pretrained"]["path"]
@@ -273,7 +279,7 @@ def _markdown(title: str, head: str, lines: Iterable[str]) -> str:
 def _measures(runs: Sequence[Run]) -> list[str]:
     """The table of measures after the last phase, a column for runs that differ in the seed alone;
     none without any."""
-    measured = [run for run in runs if _LAST in run.measures]
+    measured = [run for run in runs if run.last in run.measures]
     alike: dict[str, list[Run]] = {}
     for run in measured:
         alike.setdefault(_but_for_its_seed(run), []).append(run)
@@ -284,7 +290,7 @@ def _measures(runs: Sequence[Run]) -> list[str]:
     for head, found in zip(heads, alike.values(), strict=True):
         which = f" ({found[0].name})" if heads.count(head) > 1 else ""
         count = f", {len(found)} runs" if len(found) > 1 else ""
-        columns.append((head + which + count, [run.measures[_LAST] for run in found]))
+        columns.append((head + which + count, [run.measures[run.last] for run in found]))
     lines = []
     for key, name, factor in titles(
         dict.fromkeys(name for run in measured for name in run.config["measures"])
@@ -303,6 +309,8 @@ def _head(run: Run) -> str:
     data = run.config["data"]
     without = f" without {data['held_out']}" if data["held_out"] else ""
     name = _SETS.get(data["name"], data["name"]) + without
+    if run.last == DIRECTIONS:
+        return f"{name}, directions ({run.config['model']['directions']})"
     return f"{name}, λ_J = {run.config['loss']['diversity']:g}"
 
 

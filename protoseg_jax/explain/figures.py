@@ -60,6 +60,7 @@ class Side:
 
     Attributes:
       name: the run's.
+      kind: "prototype" or "direction".
       prototypes: the run's.
       counts: points of its class that each prototype is the most similar one to (Fig. 5).
       seen: each image.
@@ -67,6 +68,7 @@ class Side:
     """
 
     name: str
+    kind: str
     prototypes: list[Prototype]
     counts: Int[np.ndarray, " m"]
     seen: list[Seen]
@@ -78,7 +80,7 @@ class Side:
         return sorted(own, key=lambda j: -self.counts[j])
 
     def title(self, j: int) -> str:
-        return f"prototype {self.prototypes[j].index}{self.mark}"
+        return f"{self.kind} {self.prototypes[j].index}{self.mark}"
 
 
 Drawn = Iterator[tuple[str, Figure, str | None]]
@@ -121,7 +123,9 @@ def draw_figures(
         found = (model.explain(picture.image) for picture in pictures)
         counts = point_counts(model, split)["used"]
         seen = [Seen(x.segmentation.labels, x.similarities, x.winning_prototype) for x in found]
-        sides.append(Side(name, model.prototypes, counts, seen, f", {name}" if compare else ""))
+        kind = models.kind(model.experiment.config.model)
+        mark = f", {name}" if compare else ""
+        sides.append(Side(name, kind, model.prototypes, counts, seen, mark))
     target = Path(out) if out else models[0].workdir.path / "figures"
     drawn = (FIGURES[name](pictures, sides, models[0].classes) for name in dict.fromkeys(names))
     written = []
@@ -148,7 +152,7 @@ def fig2(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
             _show(axes[y, 0], pictures[n].image, "" if y else "image")
             for axis, (side, j) in zip(axes[y, 1:], columns, strict=True):
                 _heat(axis, pictures[n].image, side, n, j, "" if y else side.title(j))
-        yield f"fig2_{file_name(name)}", figure, f"{name}: activation of its prototypes"
+        yield f"fig2_{file_name(name)}", figure, f"{name}: activation of its {sides[0].kind}s"
 
 
 def fig5(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Drawn:
@@ -171,7 +175,7 @@ def fig5(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
             axis.tick_params(axis="y", labelsize=6)
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_title(name + side.mark, fontsize=8)
-    figure.supxlabel("prototype", fontsize=9)
+    figure.supxlabel(sides[0].kind, fontsize=9)
     figure.supylabel("share of the class's points", fontsize=9)
     yield "fig5", figure, None
 
@@ -229,10 +233,10 @@ def fig8(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
             figure, axes = _grid(1, 3 + len(best), picture.image)
             _show(axes[0, 0], picture.image, "image")
             _show(axes[0, 1], classes.paint(seen.labels), "segmentation", labels=True)
-            title = f"prototypes of {classes.names[c]}"
+            title = f"{side.kind}s of {classes.names[c]}"
             _show(axes[0, 2], coloured.astype(np.uint8), title, labels=True)
             for axis, j, colour in zip(axes[0, 3:], best, _COLOURS, strict=False):
-                _patch(axis, side.prototypes[j], colour)
+                _patch(axis, side.kind, side.prototypes[j], colour)
             suffix = f"_{file_name(side.name)}" if side.mark else ""
             yield f"fig8_{file_name(picture.name)}{suffix}", figure, None
 
@@ -281,11 +285,11 @@ def _heat(axis, image, side: Side, n: int, j: int, title: str) -> None:
     axis.set_title(title, fontsize=7)
 
 
-def _patch(axis, prototype: Prototype, colour: tuple[int, int, int]) -> None:
+def _patch(axis, kind: str, prototype: Prototype, colour: tuple[int, int, int]) -> None:
     """A prototype's patch in a frame of a colour."""
     axis.axis("on")
     axis.set(xticks=[], yticks=[])
-    axis.set_title(f"prototype {prototype.index}", fontsize=7)
+    axis.set_title(f"{kind} {prototype.index}", fontsize=7)
     for spine in axis.spines.values():
         spine.set(color=_unit(colour), linewidth=4)
     picture = prototype.patch

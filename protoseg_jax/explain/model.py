@@ -117,7 +117,13 @@ class Explanation:
 
     @property
     def novelty(self) -> Float[np.ndarray, "H W"]:
-        """Squared distance to the nearest prototype of the point in whose cell each pixel lies."""
+        """Squared distance to the nearest prototype of the point in whose cell each pixel lies.
+
+        Raises:
+          UserError: directions explain this, which have no distances.
+        """
+        if self.prototypes[-1].class_ < 0:
+            raise UserError("directions have no distances, so nothing is known of novelty")
         return self._cells("novelty")
 
     @property

@@ -241,6 +241,8 @@ def write(
     try:
         temporary.chmod(0o755)
         notes, classes = list(notes), model.classes
+        config = model.experiment.config.model
+        kind = models.kind(config)
         for number, image in enumerate(shown):
             numbers = _numbers(image)
             _script(temporary, f"{number:03d}", f"image({number},", numbers)
@@ -251,10 +253,14 @@ def write(
                 notes.append(
                     f"{points} points an image are too many for this page: it has one in {step} "
                     "in each direction, the layers show those, and the cursor moves from one to "
-                    "the next. The numbers at them are exact."
+                    "the next. "
+                    + (
+                        "The numbers at them are of features in 65,536 steps."
+                        if kind == "direction"
+                        else "The numbers at them are exact."
+                    )
                 )
-        config = model.experiment.config.model
-        similarity = "linear" if models.kind(config) == "direction" else config.similarity
+        similarity = "linear" if kind == "direction" else config.similarity
         viridis = 255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 64))[:, :3]
         record = {
             "title": model.workdir.path.name,
@@ -266,7 +272,7 @@ def write(
             "viridis": _css(np.rint(viridis).astype(int)),
             "void": VOID,
             "epsilon": EPSILON,
-            "kind": models.kind(config),
+            "kind": kind,
             "similarity": similarity,
             "kernel": _base64(model.kernel, "<f4"),
             "vectors": _base64(model.checkpoint.arrays["params"]["prototypes"]["vectors"], "<f4"),

@@ -74,7 +74,7 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
             write_atomically(folder / f"{p.index:03d}.png", images.encode(crop))
         top = np.log(1 / EPSILON)
         if experiment.config.model.head == "directions":
-            top = max(x.max() for x in activations)
+            top = max(1e-9, *(x.max() for x in activations))
         drawn = _class_picture(
             models.kind(experiment.config.model),
             name,

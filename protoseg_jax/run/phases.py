@@ -54,11 +54,13 @@ def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
 
     With `model.head = 'linear'` (the black-box twin) there is nothing to project, prune or
     fine-tune: those phases do not exist and the fine-tunings' steps are added to `joint`, so that
-    both have the same budget; the twin trains where its ASPP trains, a last layer of its own
-    (`models.twin_has_head`) at the rate of what is before it.
+    both have the same budget, and so are a warm-up's that trains nothing of the twin; the twin
+    trains where its ASPP trains, a last layer of its own (`models.twin_has_head`) at the rate of
+    what is before it.
 
     Raises:
-      UserError: an unknown phase, group or schedule, or a negative number of steps.
+      UserError: an unknown phase, group or schedule, a negative number of steps, or nothing to
+        train.
     """
     for name in config.phases:
         if name not in ORDER:
@@ -74,7 +76,16 @@ def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
     if black_box:
         steps["joint"] = steps.get("joint", 0) + sum(steps.get(n, 0) for n in _FINETUNES)
         steps = {n: s for n, s in steps.items() if n not in (*_SEARCHES, *_FINETUNES)}
-    return [_phase(config, name, count) for name, count in steps.items() if count]
+        if steps.get("warmup") and not _phase(config, "warmup", 1).learning_rates:
+            steps["joint"] += steps.pop("warmup")  # of prototypes alone, say
+    found = [_phase(config, name, count) for name, count in steps.items() if count]
+    for phase in found:
+        if phase.kind == "train" and not phase.learning_rates:
+            raise UserError(
+                f"phases.{phase.name} trains nothing: none of its learning_rates is above 0; set "
+                f"--config.phases.{phase.name}.steps=0 to leave it out"
+            )
+    return found
 
 
 def _phase(config: ml_collections.ConfigDict, name: str, steps: int) -> Phase:
@@ -99,6 +110,12 @@ def _phase(config: ml_collections.ConfigDict, name: str, steps: int) -> Phase:
         if network[1] in rates and models.twin_has_head(config.model):
             rates["head"] = rates[network[1]]
     kind = DIRECTIONS if name == DIRECTIONS else "train"
+    if kind == DIRECTIONS and "prototypes" not in rates:
+        raise UserError(
+            "phases.directions.learning_rates.prototypes is missing or 0, and it is the rate at "
+            "which directions are sought; for those of no training set --config.model.directions="
+            "identity or random"
+        )
     if config.model.context is not None and "prototypes" in rates and kind == "train":
         rates["anchors"] = rates["prototypes"]
     return Phase(name, kind, steps, rates, section.schedule)
@@ -109,5 +126,6 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     for name in config.phases:
         if name not in _SEARCHES:
             config.phases[name].steps = min(config.phases[name].steps, SMOKE_STEPS)
+    config.augment.views = min(config.augment.views, 1)
     config.log_every = 1
     config.eval_every = 0

@@ -91,8 +91,8 @@ def _kept(run: Finished, ids: Sequence[str], force: bool) -> np.ndarray:
         )
     gone = set(map(int, ids))
     keep = [j for j, p in enumerate(prototypes) if p.index not in gone]
-    left = {prototypes[j].class_ for j in keep}
-    bare = sorted({p.class_ for p in prototypes} - left)
+    left = {prototypes[j].class_ for j in keep if prototypes[j].class_ >= 0}
+    bare = sorted({p.class_ for p in prototypes if p.class_ >= 0} - left)
     if not left or (bare and not force):
         names = ", ".join(repr(run.experiment.labels.names[c]) for c in bare)
         raise UserError(

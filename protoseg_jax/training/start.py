@@ -6,6 +6,7 @@ training points.
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from protoseg_jax.run import phases as phases_lib
 from protoseg_jax.run import prototypes as records
 from protoseg_jax.run.checkpoints import Checkpoint
 from protoseg_jax.run.experiment import Experiment
-from protoseg_jax.run.workdir import Workdir
+from protoseg_jax.run.workdir import Workdir, flat
 
 _FROM_SCRATCH = weights.Origin("3x3", "imagenet")  # of a network that no foreign weights are of
 PROTOTYPE_INITS = ("uniform", "patches")
@@ -143,7 +144,7 @@ def with_weights(experiment: Experiment, ported: weights.Ported, path: str) -> C
     for collection in ("params", "frozen"):
         ours, theirs = start.arrays[collection], getattr(ported, collection)
         needed = models.groups(model)[:1] if classes is None else ours
-        for group in {**dict.fromkeys(needed), **theirs}:
+        for group in {**dict.fromkeys(g for g in needed if g != "anchors"), **theirs}:
             tree = theirs.get(group, {})
             if group == models.groups(model)[0]:
                 tree = {name: x for name, x in tree.items() if models.uses(model, name)}
@@ -197,7 +198,8 @@ def with_run(experiment: Experiment, path: str) -> Checkpoint:
             new.append(name)
         if given:
             start.arrays[collection][group] = flax.traverse_util.unflatten_dict(given)
-    new += [group for group in ("prototypes", "head") if group in start.arrays["params"]]
+    behind = ("prototypes", "anchors", "head")
+    new += [group for group in behind if group in start.arrays["params"]]
     say(f"starting from {path} after its phase {phase}; new: {', '.join(new) or 'nothing'}")
     return start
 
@@ -228,6 +230,13 @@ def taken_apart(experiment: Experiment, path: str | None) -> Checkpoint:
             "model.backbone='efficientnet'"
         )
     _refuse_leak(experiment, other, config)
+    here, there = (flat(json.loads(c.to_json())) for c in (experiment.config, config))
+    changed = [key for key, x in there.items() if _decides(key) and x != here.get(key)]
+    if changed:
+        raise UserError(
+            f"run {path} has another {', '.join(changed)}, with which its network says something "
+            "else; use its config, with --config.model.head=directions"
+        )
     theirs = other.checkpoints.restore(_last(other, config)).arrays
     start = random(experiment, classes_at_start(experiment))
     head = theirs["params"]["head"]
@@ -244,6 +253,16 @@ def taken_apart(experiment: Experiment, path: str | None) -> Checkpoint:
         )
     say(f"explaining {path} after its phase {_last(other, config)}; its network stays as it is")
     return dataclasses.replace(start, arrays=arrays)
+
+
+def _decides(key: str) -> bool:
+    """Whether a key of a config decides what a trained black box says of an image."""
+    section, _, name = key.rpartition(".")
+    ours = ("head", "directions", "prototypes_per_class", "prototype_init", "activation")
+    ours += ("similarity", "context", "remat")
+    if section == "model":
+        return name not in ours
+    return key in ("compute_dtype", "eval_size", "eval_overlap")
 
 
 def on_patches(experiment: Experiment, start: Checkpoint) -> Checkpoint:

@@ -13,6 +13,7 @@ decides the content is in the fingerprint.
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from protoseg_jax.inference import Inference, shrink_labels
 from protoseg_jax.progress import Progress, say
 from protoseg_jax.run.checkpoints import Checkpoint
 from protoseg_jax.run.experiment import Experiment
+from protoseg_jax.version import __version__
 
 _FORMAT = 1  # raise it when what is stored, or how a view is drawn, changes
 
@@ -164,7 +166,7 @@ def _open(experiment: Experiment, start: Checkpoint) -> Views:
     variables = {name: {group: tree.get(group, {})} for name, tree in start.variables.items()}
     batch = -(-config.eval_batch_size // pool.count) * pool.count
     folder = Path(config.data.cache).expanduser()
-    folder /= f"views-{_fingerprint(experiment, inference, variables)}"
+    folder /= f"views-{_fingerprint(experiment, inference, variables, (pool.count, batch))}"
     dtype, tree = _layout(inference, variables)
     paths = tuple(folder / f"{view:03d}.maps" for view in range(config.augment.views + 1))
     views = Views(paths, len(experiment.source(config.data.train_split)), dtype, tree)
@@ -173,15 +175,13 @@ def _open(experiment: Experiment, start: Checkpoint) -> Views:
         with files.hold(folder / ".lock", wait=True):
             missing = _missing(folder, views)
             if missing:
+                for left in folder.glob(".*.maps.*.tmp"):  # by a process that was killed
+                    left.unlink()
+                _require_room(folder, len(missing) * views.images * dtype.itemsize)
                 _make(folder, views, missing, experiment, inference, variables, pool, batch)
     except OSError as error:
         if full_disk(error):
-            size = len(paths) * views.images * dtype.itemsize / 1e9
-            raise UserError(
-                f"the disk is full: {folder} needs {size:.1f} GB for {len(paths)} views of "
-                f"{views.images} images; make room, set data.cache to another disk, or lower "
-                "--config.augment.views"
-            ) from error
+            raise
         raise UserError(
             f"data cache {folder} cannot be written ({reason(error)}); set data.cache to a folder "
             "of yours"
@@ -189,19 +189,25 @@ def _open(experiment: Experiment, start: Checkpoint) -> Views:
     return views
 
 
-def _fingerprint(experiment: Experiment, inference: Inference, variables: Any) -> str:
-    """Of all that decides the maps, but for the rounding errors of another number of devices."""
+def _fingerprint(
+    experiment: Experiment, inference: Inference, variables: Any, batches: tuple[int, int]
+) -> str:
+    """Of all that decides the maps, to the last bit: the backbone as the program that it becomes,
+    its weights, devices and their batches, and what images are read and how they are cut."""
     config, digest = experiment.config, hashlib.sha256()
+    image = jax.ShapeDtypeStruct((1, *inference.eval_size, 3), np.uint8)
+    program = jax.jit(lambda v, x: inference.encode(v, x)).lower(variables, image)
+    digest.update(program.as_text().encode())
     for path, x in jax.tree_util.tree_leaves_with_path(variables):
         digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape} ".encode())
         digest.update(np.ascontiguousarray(x))
-    backbone = type(inference.model.backbone).__module__, inference.model.backbone
     augment = {key: value for key, value in sorted(config.augment.items()) if key != "views"}
-    sizes, data = (tuple(config.crop_size), tuple(config.eval_size)), config.data
-    source = experiment.data.folder, data.train_split, data.held_out
-    decides = [_FORMAT, digest.hexdigest(), backbone, inference.preprocessing, augment, sizes]
-    platform = jax.local_devices()[0].platform
-    return prepare.fingerprint([*decides, config.seed, source, platform, jax.__version__])
+    data = config.data
+    source = experiment.data.folder, data.train_split, data.held_out, tuple(config.crop_size)
+    versions = _FORMAT, __version__, jax.__version__, jax.local_devices()[0].platform
+    return prepare.fingerprint(
+        [digest.hexdigest(), augment, config.seed, source, batches, versions]
+    )
 
 
 def _layout(inference: Inference, variables: Any) -> tuple[np.dtype, Any]:
@@ -210,6 +216,21 @@ def _layout(inference: Inference, variables: Any) -> tuple[np.dtype, Any]:
     leaves, tree = jax.tree.flatten(jax.eval_shape(inference.encode, variables, image))
     fields = [(f"map{n}", x.dtype, x.shape[1:]) for n, x in enumerate(leaves)]
     return np.dtype([*fields, ("label", np.uint8, inference.feature_size)]), tree
+
+
+def _require_room(folder: Path, size: int) -> None:
+    """Refuse to fill the disk with views, beforehand.
+
+    Raises:
+      UserError: there is less room than they take.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{folder} would take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make "
+            "room, set --config.data.cache to another disk, or lower --config.augment.views"
+        )
+    say(f"views of the training images: {size / 1e9:.2g} GB, in {folder}")
 
 
 def _missing(folder: Path, views: Views) -> list[int]:

@@ -304,6 +304,8 @@ def test_the_page_in_a_browser_shows_what_the_api_says(explained, tmp_path, kind
         text = window.evaluate("document.body.innerText")
         assert "direction" in text and "prototype" not in text.replace("without prototypes", "")
         assert "Novelty" not in text and "NaN" not in text and "undefined" not in text
+        window.press("6")  # there are five layers
+        assert "undefined" not in window.evaluate("location.hash")
         window.open(page, "view=prototypes")
         text = window.evaluate("document.body.innerText")
         assert f"Direction {0}" in text and "adds most" in text and "undefined" not in text
@@ -317,6 +319,9 @@ def test_removing_a_direction_takes_away_what_it_added_and_nothing_else(
     origin = Finished.load(explained["trained"])
     classes = [p.class_ for p in origin.checkpoint.prototypes]
     gone = next(d for d in range(D) if classes.count(classes[d]) > 1)
+    everything = list(map(str, range(D)))
+    with pytest.raises(UserError, match="nothing would argue for it any more"):
+        removal.remove(str(explained["trained"]), everything, str(tmp_path / "x"), force=True)
     with pytest.raises(UserError, match=f"no prototype {D}"):
         removal.remove(str(explained["trained"]), [str(D)], str(tmp_path / "x"), force=False)
     removal.remove(str(explained["trained"]), [str(gone)], str(tmp_path / "less"), force=False)
@@ -342,12 +347,16 @@ def test_what_cannot_be_taken_apart_is_refused_with_the_reason(root, explained, 
         start(str(tmp_path / "weights.pth"))
     with pytest.raises(UserError, match="explains itself"):
         start(str(explained["identity"]))
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="has another model.features"):
         start(str(root / "twin"), model={"features": D + 1})
-    with pytest.raises(UserError, match="does not fit"):
-        start(str(root / "twin"), model={"width": 9})
     with pytest.raises(UserError, match="its decoder says the logits itself"):
         start(str(root / "twin"), model={"backbone": "unet", "depth": 1, "output_stride": 1})
+    with pytest.raises(UserError, match="has another model.output_stride, model.stages"):
+        start(str(root / "twin"), model={"output_stride": 16, "stages": (1, 3)})
+    with pytest.raises(UserError, match="has another eval_size"):
+        start(str(root / "twin"), eval_size=(64, 64))
+    with pytest.raises(UserError, match="learning_rates.prototypes is missing or 0"):
+        start(str(root / "twin"), phases={"directions": {"learning_rates": {"prototypes": 0.0}}})
     unet = make_config(root, "linear")
     unet.model.update({"backbone": "unet", "depth": 1, "output_stride": 2})
     live = small.begin(unet, tmp_path / "unet")

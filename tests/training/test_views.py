@@ -1,6 +1,7 @@
 """Views that a frozen backbone sees once: what it says of them, and nothing else is ever used."""
 
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from protoseg_jax import losses, models
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation.score import evaluate
 from protoseg_jax.inference import shrink_labels
+from protoseg_jax.models import unet
 from protoseg_jax.program import Interrupted
 from protoseg_jax.run.experiment import Experiment
 from protoseg_jax.training import run as runs
@@ -131,6 +133,25 @@ def test_batches_are_a_function_of_the_seed_and_the_step(made):
     assert {v for v, _ in seen} == set(range(1 + VIEWS))
 
 
+def test_another_program_or_number_of_devices_has_another_cache(made, monkeypatch):
+    """Code is not in weights and settings: what the backbone becomes is looked at."""
+    experiment, start, found = made
+    inference = experiment.inference(start.prototypes)
+    variables = {"params": {"backbone": start.arrays["params"]["backbone"]}}
+    named = [
+        views._fingerprint(experiment, inference, variables, n) for n in ((1, 3), (1, 3), (2, 4))
+    ]
+    assert named[0] == named[1] != named[2]
+    monkeypatch.setattr(unet.nn, "relu", jax.nn.gelu)
+    assert views._fingerprint(experiment, inference, variables, (1, 3)) != named[0]
+
+
+def test_views_that_do_not_fit_on_the_disk_are_refused_beforehand(made, monkeypatch, tmp_path):
+    monkeypatch.setattr(views.shutil, "disk_usage", lambda _: mock.Mock(free=10**6))
+    with pytest.raises(UserError, match=r"would take 3.0 GB, and 0.0 GB are free"):
+        views._require_room(tmp_path, 3 * 10**9)
+
+
 def test_the_cache_is_used_again_only_for_what_it_was_made_for(made, root, monkeypatch):
     experiment, start, found = made
     with monkeypatch.context() as patch:
@@ -173,6 +194,7 @@ def test_what_is_damaged_or_unfinished_is_made_again(made, tmp_path, damage, cap
     kept = tmp_path / "kept"
     shutil.copytree(folder, kept)
     path = found.paths[1]
+    (folder / f".{path.name}.1.tmp").write_bytes(b"of a process that was killed")
     if damage == "a byte":
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
@@ -190,7 +212,7 @@ def test_what_is_damaged_or_unfinished_is_made_again(made, tmp_path, damage, cap
     for name in (p.name for p in found.paths):
         assert (folder / name).read_bytes() == (kept / name).read_bytes()
     assert ("damaged" in capsys.readouterr().err) == (damage in ("a byte", "cut short"))
-    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+    assert not list(folder.glob(".*.tmp"))  # nor what a killed process left
 
 
 def test_a_view_that_goes_missing_later_is_one_line(made, tmp_path):
@@ -215,9 +237,11 @@ def test_a_cache_that_cannot_be_written_is_one_line(made, root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["prototypes", "linear"])
+@pytest.mark.parametrize("head", ["prototypes", "linear", "anchors"])
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(root, tmp_path, head, monkeypatch):
     config = make_config(root)
+    if head == "anchors":
+        head, config.model.context, config.loss.assignment = "prototypes", -1, 0.3
     config.model.head = head
     whole = small.begin(config, tmp_path / "whole")
     runs.go(whole)
