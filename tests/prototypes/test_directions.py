@@ -349,8 +349,12 @@ def test_what_cannot_be_taken_apart_is_refused_with_the_reason(root, explained, 
         start(str(explained["identity"]))
     with pytest.raises(UserError, match="has another model.features"):
         start(str(root / "twin"), model={"features": D + 1})
-    with pytest.raises(UserError, match="its decoder says the logits itself"):
+    with pytest.raises(UserError, match="has another model.backbone"):
         start(str(root / "twin"), model={"backbone": "unet", "depth": 1, "output_stride": 1})
+    with pytest.raises(UserError, match="its decoder says the logits itself"):
+        config = make_config(root, "directions", model={"backbone": "unet", "depth": 1})
+        config.model.output_stride = 1
+        small.experiment(config).inference([])
     with pytest.raises(UserError, match="has another model.output_stride, model.stages"):
         start(str(root / "twin"), model={"output_stride": 16, "stages": (1, 3)})
     with pytest.raises(UserError, match="has another eval_size"):
