@@ -143,7 +143,7 @@ def test_what_would_have_to_be_executed_is_named(name, zipped, tmp_path):
     opcodes = f"c{name.rpartition('.')[0]}\n{name.rpartition('.')[2]}\n)\x81".encode("latin1")
     for content in (Raw(opcodes), {"args": Raw(opcodes), "state_dict": {"a": np.zeros(3)}}):
         (tmp_path / "a.pth").write_bytes(torch_files.written(content, zipped))
-        words = rf"whole module\?\): {name}, which.*torch.save.model.state_dict"
+        words = rf"whole module\?\): {name}, of which nothing.*torch.save.model.state_dict"
         with pytest.raises(UserError, match=words):
             weights.load(tmp_path / "a.pth", resnet)
 
