@@ -175,6 +175,7 @@ def experiment(devices, void=VOID, part_names=("none", *"abcde"), names=None, mo
         pool=DevicePool(jax.local_devices()[:devices]),
         config=config,
         held_out=None,
+        trains_prototypes=True,
         data=SimpleNamespace(part_names=part_names),
         examples=lambda split: source,
         eval_batches=lambda split, held_out=False: batches,
