@@ -109,25 +109,25 @@ def draw_figures(
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
         raise UserError(f"figure {', '.join(unknown)} is unknown; there are {', '.join(FIGURES)}")
-    models = [Model.load(path) for path in (workdir, compare) if path]
-    for model in models:
+    runs = [Model.load(path) for path in (workdir, compare) if path]
+    for model in runs:
         model.require_prototypes()
-    if models[0].classes.names != models[-1].classes.names:
+    if runs[0].classes.names != runs[-1].classes.names:
         raise UserError(f"runs {workdir} and {compare} have different classes; compare like runs")
-    pictures = models[0].pictures(split, paths)
-    titles = [model.workdir.path.name for model in models]
+    pictures = runs[0].pictures(split, paths)
+    titles = [model.workdir.path.name for model in runs]
     if compare and titles[0] == titles[1]:
         titles[1] += " (2)"
     sides = []
-    for model, name in zip(models, titles, strict=True):
+    for model, name in zip(runs, titles, strict=True):
         found = (model.explain(picture.image) for picture in pictures)
         counts = point_counts(model, split)["used"]
         seen = [Seen(x.segmentation.labels, x.similarities, x.winning_prototype) for x in found]
         kind = models.kind(model.experiment.config.model)
         mark = f", {name}" if compare else ""
         sides.append(Side(name, kind, model.prototypes, counts, seen, mark))
-    target = Path(out) if out else models[0].workdir.path / "figures"
-    drawn = (FIGURES[name](pictures, sides, models[0].classes) for name in dict.fromkeys(names))
+    target = Path(out) if out else runs[0].workdir.path / "figures"
+    drawn = (FIGURES[name](pictures, sides, runs[0].classes) for name in dict.fromkeys(names))
     written = []
     for stem, figure, title in itertools.chain.from_iterable(drawn):
         if title:
