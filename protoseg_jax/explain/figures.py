@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
+from protoseg_jax import models
 from protoseg_jax.data.labels import LabelSet, palette
 from protoseg_jax.errors import UserError
 from protoseg_jax.explain.evidence import point_counts

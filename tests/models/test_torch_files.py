@@ -115,8 +115,11 @@ def test_what_pytorch_writes_and_we_refuse(zipped, tmp_path):
     ones = torch.ones(4, 3)
     for value, words in (
         (torch.empty(2**40, device="meta"), "_rebuild_meta_tensor_no_storage, of which nothing"),
-        (ones.to_sparse(), "_rebuild_sparse_tensor, which would"),
-        (torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8), "_rebuild_qtensor, which would"),
+        (ones.to_sparse(), "_rebuild_sparse_tensor, of which nothing"),
+        (
+            torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8),
+            "_rebuild_qtensor, of which nothing",
+        ),
         (ones.to(torch.complex64).conj(), "another's conjugate or negative"),
         (ones[0, :1].expand(2**40), "a is larger than the file"),
         (np.float64(3), "numpy.*of which nothing is read"),
