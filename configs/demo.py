@@ -56,5 +56,5 @@ def _lite0(c: ConfigDict) -> None:
 def _parts(c: ConfigDict) -> None:
     """Points are divided by the backbone's map at stride 16, once anchors have settled in it."""
     c.loss.update({"diversity": 0.0, "assignment": 0.3, "assignment_tau": 0.5})
-    c.model.context = 1
+    c.model.anchors = 1
     c.phases.warmup = {"steps": 120, "learning_rates": {"prototypes": 3e-2}, "schedule": "constant"}

@@ -63,11 +63,12 @@ def default() -> ConfigDict:
     c.model.output_stride = 8  # pixels of an image to a point of its map, of the coarsest one
     c.model.stages = (3, 5, 7)  # EfficientNet: rows of its table whose maps the decoder gets
     # Number of the backbone's map (0, …; −1: its last) by which the assignment loss divides points.
-    c.model.context = config_dict.placeholder(int)
+    c.model.anchors = config_dict.placeholder(int)
     c.model.aspp_rates = (6, 12, 18, 24)  # ResNet: dilation of each branch
-    c.model.head = "prototypes"  # or "linear": the black-box twin, trained at the same budget
-    # or "directions": a linear twin (pretrained.path, its folder) explained post hoc, by
-    c.model.directions = "trained"  # ones; "identity" or "random" to compare
+    # "linear": the black-box twin, trained at the same budget; "directions": such a twin, whose
+    # folder is pretrained.path, explained post hoc.
+    c.model.head = "prototypes"
+    c.model.directions = "trained"  # of head "directions"; "identity" or "random" to compare
     c.model.features = 64  # D
     c.model.prototypes_per_class = 10
     c.model.prototype_init = "uniform"  # or "patches", random training points
@@ -88,7 +89,7 @@ def default() -> ConfigDict:
     c.loss.assignment = 0.0  # λ_A of the assignment loss, which the paper has not
     c.loss.assignment_tau = 0.1  # τ: of the distances that are trained
     c.loss.assignment_epsilon = 0.05  # ε: of the assignment
-    c.loss.assignment_context = 0.05  # ε_t: of that by anchors, with model.context
+    c.loss.assignment_anchors = 0.05  # ε_t: of that by anchors, with model.anchors
     c.loss.diversity_reduction = "present"  # mean over what is present; "all_classes": eq. 6's 1/C
     c.loss.l1 = 1e-4  # λ_L1 of eq. 8
     c.loss.class_balance = 0.0  # cross-entropy's weights (median / pixels)^so much

@@ -159,6 +159,7 @@ _DEEPLAB = {
     "phases.joint.steps": 30_000,
     "phases.finetune.steps": 2_000,
     "phases.finetune_pruned.steps": 2_000,
+    "loss.assignment": 0.0,
 }
 _UNET = {
     "batch_size": 2,
@@ -171,6 +172,7 @@ _UNET = {
     "phases.joint.steps": 10_000,
     "phases.finetune.steps": 10_000,
     "phases.finetune_pruned.steps": 10_000,
+    "loss.assignment": 0.0,
 }
 _RECIPES = {"voc": _DEEPLAB, "cityscapes": _DEEPLAB, "isbi_em": _UNET}
 
@@ -203,8 +205,6 @@ class Run:
                 found.append(f"{key} is {value}, not {wanted}")
         if name in ("voc", "cityscapes") and not start:
             found.append("no pretrained weights")
-        if self.config["loss"]["assignment"]:
-            found.append(f"loss.assignment is {self.config['loss']['assignment']:g}, not 0")
         if start and Path(start).suffix not in weights.READERS:
             found.append(f"it started from run {start}")
         return found

@@ -11,7 +11,7 @@ gradient, is what Sinkhorn's iteration makes of exp(−d / ε): each prototype's
 points in the *global* batch is made equal, then each point's shares are made to sum to 1, three
 times.
 
-With `model.context` the points are divided by the backbone's own map instead, which knows more of
+With `model.anchors` the points are divided by the backbone's own map instead, which knows more of
 parts than cross-entropy leaves in z. Each prototype has an *anchor* in it, a vector that only
 training knows; a is made of exp(−e / ε_t), e the mean squared difference of a point to an anchor
 over the map's channels; Σ_k a_k e_k is added to the loss, which moves the anchors alone: k-means
@@ -33,6 +33,7 @@ from protoseg_jax.losses.own_class import class_members, of_own_class
 from protoseg_jax.models.protoseg import Output
 
 STEPS = 3  # of Sinkhorn's iteration
+_NEVER = -1e30  # a logit of what a point cannot belong to; no infinity, which 0 times is not 0
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
@@ -40,19 +41,20 @@ def make(config: ConfigDict, classes: np.ndarray, num_classes: int, weights: Wei
     """λ_A (`config.assignment`) times L_A over the points of classes with two or more prototypes;
     nothing for the black box. With accumulation the points of a micro-batch are divided."""
 
+    several = np.bincount(classes, minlength=num_classes) >= 2
+
     def total(output: Output, labels: Int[Array, "b h w"]) -> Float[Array, ""]:
         own, members, real = of_own_class(output.distances, labels, classes, num_classes)
-        several = (members & (real.sum(1) >= 2)).any(-1)
         by, epsilon, anchors = own, config.assignment_epsilon, output.apart is not None
         if anchors:
             by, *_ = of_own_class(output.apart, labels, classes, num_classes)
-            epsilon = config.assignment_context
+            epsilon = config.assignment_anchors
         target = assign(jax.lax.stop_gradient(by), members, real, epsilon)
-        target = jnp.where(several[..., None], target, 0.0)
+        target = jnp.where((members & several).any(-1, keepdims=True), target, 0.0)
         means = (target * by).sum() if anchors else 0.0  # k-means', for the anchors
-        return means + cross_entropy(own, target, members, real, config.assignment_tau).sum()
+        logits = jnp.where(_held(members, real), -own / config.assignment_tau, _NEVER)
+        return means - (target * jax.nn.log_softmax(logits)).sum()
 
-    several = np.bincount(classes, minlength=num_classes) >= 2
     return Term(
         name="assignment",
         weight=float(config.assignment) if several.any() else 0.0,
@@ -61,6 +63,11 @@ def make(config: ConfigDict, classes: np.ndarray, num_classes: int, weights: Wei
         ),
         total=total,
     )
+
+
+def _held(members: Bool[Array, "b n c"], real: Bool[np.ndarray, "c k"]) -> Bool[Array, "b n k"]:
+    """Whether a point's class has a prototype in a slot; none has a void point."""
+    return (members[..., None] & real).any(2)
 
 
 def assign(
@@ -79,12 +86,11 @@ def assign(
       real: the slots of each class that hold a prototype.
       epsilon: ε; the smaller, the harder the assignment.
     """
-    weights, real = members.astype(jnp.float32), jnp.asarray(real)
+    weights, held = members.astype(jnp.float32), _held(members, real)
 
     def at_points(per_class: Float[Array, "c k"]) -> Float[Array, "b n k"]:
         return jnp.einsum("bnc,ck->bnk", weights, per_class, precision=_PRECISION)
 
-    held = at_points(real.astype(jnp.float32)) > 0.5
     log_a = jnp.where(held, -own.astype(jnp.float32) / epsilon, -jnp.inf)
 
     def by_point(log_a: Float[Array, "b n k"]) -> Float[Array, "b n k"]:
@@ -104,29 +110,3 @@ def assign(
     for _ in range(STEPS):
         log_a = by_point(by_prototype(log_a))
     return jnp.exp(log_a)
-
-
-def cross_entropy(
-    own: Float[Array, "b n k"],
-    target: Float[Array, "b n k"],
-    members: Bool[Array, "b n c"],
-    real: Bool[np.ndarray, "c k"],
-    tau: float,
-) -> Float[Array, "b n"]:
-    """−Σ_k a_k log softmax_k(−d_k / τ) at each point of a class with two or more prototypes; 0
-    elsewhere.
-
-    Args:
-      own, members, real: see `assign`.
-      target: a.
-      tau: τ.
-    """
-    real = np.asarray(real)
-    held = jnp.einsum("bnc,ck->bnk", members.astype(jnp.float32), real.astype(np.float32)) > 0.5
-    several = (members & (real.sum(1) >= 2)).any(-1)
-    logits = jnp.where(held, -own / tau, 0.0)
-    peak = jax.lax.stop_gradient(jnp.where(held, logits, -jnp.inf).max(-1, keepdims=True))
-    shifted = jnp.where(held, logits - jnp.where(jnp.isfinite(peak), peak, 0.0), 0.0)
-    total = jnp.where(held, jnp.exp(shifted), 0.0).sum(-1, keepdims=True)
-    log_p = shifted - jnp.log(jnp.where(total > 0, total, 1.0))
-    return jnp.where(several, -(target * jnp.where(held, log_p, 0.0)).sum(-1), 0.0)

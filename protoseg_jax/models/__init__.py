@@ -67,10 +67,10 @@ def build(
     activation, similarity = config.activation, config.similarity
     require("activation", activation, ACTIVATIONS)
     require("similarity", similarity, SIMILARITIES)
-    if config.context is not None and scales:
-        raise UserError("config.model.context does not go with model.msc; leave one of them out")
+    if config.anchors is not None and scales:
+        raise UserError("config.model.anchors does not go with model.msc; leave one of them out")
     parts = backbone, decoder, scales
-    return ProtoSeg(*parts, num_prototypes, num_classes, activation, similarity, config.context)
+    return ProtoSeg(*parts, num_prototypes, num_classes, activation, similarity, config.anchors)
 
 
 def network(config: ConfigDict) -> types.ModuleType:

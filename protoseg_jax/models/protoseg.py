@@ -117,7 +117,7 @@ class ProtoSeg(BlackBox):
       activation: between decoder and prototypes, a key of `ACTIVATIONS`. The paper is silent; the
         sigmoid, by which z is in (0, 1)^D, is the released code's.
       similarity: a key of `prototypes.SIMILARITIES`.
-      context: number of the backbone's map that each prototype has an anchor in, for training
+      anchored_map: number of the backbone's map that each prototype has an anchor in, for training
         alone; None: no anchors.
     """
 
@@ -125,12 +125,12 @@ class ProtoSeg(BlackBox):
     num_classes: int
     activation: str
     similarity: str
-    context: int | None = None
+    anchored_map: int | None = None
 
     def setup(self):
         self.prototypes = PrototypeLayer(self.num_prototypes)
         self.head = LastLayer(self.num_classes)
-        if self.context is not None:
+        if self.anchored_map is not None:
             self.anchors = AnchorLayer(self.num_prototypes)
 
     def classify(self, maps: Float[Array, "b h w d"]) -> Output:
@@ -142,7 +142,7 @@ class ProtoSeg(BlackBox):
 
     def outputs(self, images: Float[Array, "b H W 3"]) -> list[Output]:
         """As of every model; with anchors where there are some, which goes without MSC."""
-        if self.context is None:
+        if self.anchored_map is None:
             return super().outputs(images)
         return self.outputs_of(self.encode(images))
 
@@ -150,15 +150,15 @@ class ProtoSeg(BlackBox):
         """As of every model; anchors are in the backbone's map at the size of z, each point's
         channels with mean 0 and deviation 1. No gradient goes into that map."""
         (output,) = super().outputs_of(encoded)
-        if self.context is None:
+        if self.anchored_map is None:
             return [output]
         maps = encoded if isinstance(encoded, tuple | list) else (encoded,)
-        if not -len(maps) <= self.context < len(maps):
+        if not -len(maps) <= self.anchored_map < len(maps):
             raise UserError(
-                f"model.context={self.context} is none of the backbone's {len(maps)} map(s); they "
-                f"are numbered from 0, or from −1 backwards"
+                f"model.anchors={self.anchored_map} is none of the backbone's {len(maps)} map(s); "
+                "they are numbered from 0, or from −1 backwards"
             )
-        x = jax.lax.stop_gradient(maps[self.context].astype(jnp.float32))
+        x = jax.lax.stop_gradient(maps[self.anchored_map].astype(jnp.float32))
         x = jax.nn.standardize(x, axis=-1)
         size = output.features.shape[1:3]
         if x.shape[1:3] != size:

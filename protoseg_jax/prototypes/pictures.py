@@ -72,11 +72,11 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
         for image, (_, p) in zip(pictures, own, strict=True):
             crop, _ = images.crop_with_context(image, p.box)
             write_atomically(folder / f"{p.index:03d}.png", images.encode(crop))
-        top = np.log(1 / EPSILON)
-        if experiment.config.model.head == "directions":
+        kind, top = models.kind(experiment.config.model), np.log(1 / EPSILON)
+        if kind == "direction":
             top = max(1e-9, *(x.max() for x in activations))
         drawn = _class_picture(
-            models.kind(experiment.config.model),
+            kind,
             name,
             [p for _, p in own],
             pictures,

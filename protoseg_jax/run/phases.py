@@ -116,7 +116,7 @@ def _phase(config: ml_collections.ConfigDict, name: str, steps: int) -> Phase:
             "which directions are sought; for those of no training set --config.model.directions="
             "identity or random"
         )
-    if config.model.context is not None and "prototypes" in rates and kind == "train":
+    if config.model.anchors is not None and "prototypes" in rates and kind == "train":
         rates["anchors"] = rates["prototypes"]
     return Phase(name, kind, steps, rates, section.schedule)
 

@@ -259,7 +259,7 @@ def _decides(key: str) -> bool:
     """Whether a key of a config decides what a trained black box says of an image."""
     section, _, name = key.rpartition(".")
     ours = ("head", "directions", "prototypes_per_class", "prototype_init", "activation")
-    ours += ("similarity", "context", "remat")
+    ours += ("similarity", "anchors", "remat")
     if section == "model":
         return name not in ours
     return key in ("compute_dtype", "eval_size", "eval_overlap")

@@ -213,7 +213,7 @@ UNET = {"backbone": "unet", "depth": 1, "width": 4, "output_stride": 1, "feature
 
 def with_anchors(number, method="outputs", **changes):
     """(the output, the backbone's maps, the model and its variables) of a U-Net, which has two."""
-    model = models.build(make_config(**UNET, context=number, **changes), 2, 4, jnp.float32)
+    model = models.build(make_config(**UNET, anchors=number, **changes), 2, 4, jnp.float32)
     images = jax.random.normal(jax.random.key(1), (2, 16, 24, 3))
     variables = model.init(jax.random.key(0), images)
     maps = model.apply(variables, images, method="encode")

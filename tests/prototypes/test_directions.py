@@ -24,10 +24,9 @@ from protoseg_jax.training import removal
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import start as starts
 from tests import small
+from tests.explain.test_page import ROWS, opened
 
 D = 8
-ROWS = """[...document.querySelectorAll('.evidence li[data-prototype]')].map(
-  (li) => [Number(li.dataset.prototype), Number(li.querySelector('data').value)])"""
 
 
 def network(seed, points=60, size=5, classes=3):
@@ -287,12 +286,10 @@ def test_the_page_says_what_it_explains(explained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [browser.Chromium, browser.Firefox], ids=lambda k: k.name)
 def test_the_page_in_a_browser_shows_what_the_api_says(explained, tmp_path, kind):
-    if not kind.find():
-        pytest.skip(f"no {kind.name} on this machine (apt-get install chromium firefox-esr)")
     page = explain_run(str(explained["trained"]), "validation", [], str(tmp_path / "page"))
     model = Model.load(explained["trained"])
     why = model.explain(model.experiment.data.source("validation")[0]["image"])
-    with kind() as window:
+    with opened(kind) as window:
         window.open(page, "image=0&row=20&col=31")
         pixel = why.at(20, 31)
         shown = window.evaluate(ROWS)

@@ -241,7 +241,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(made, root, tmp_path):
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(root, tmp_path, head, monkeypatch):
     config = make_config(root)
     if head == "anchors":
-        head, config.model.context, config.loss.assignment = "prototypes", -1, 0.3
+        head, config.model.anchors, config.loss.assignment = "prototypes", -1, 0.3
     config.model.head = head
     whole = small.begin(config, tmp_path / "whole")
     runs.go(whole)
