@@ -1,4 +1,4 @@
-"""The paper's figures, as SVG: graphs are vectors, pictures are embedded.
+"""The paper's figures and one of ours, as SVG: graphs are vectors, pictures are embedded.
 
 | figure | shows |
 | --- | --- |
@@ -7,9 +7,10 @@
 | fig6 | activation maps of a class's prototypes (rows) in one image, runs side by side |
 | fig7 | image, segmentation, truth |
 | fig8 | image, segmentation, winning prototypes of a class in their colours, and their patches |
+| parts | image, its true parts, and the parts that the winning prototypes of a class stand for |
 
 Each activation map is on its own scale from its lowest to its highest similarity, in viridis;
-colours are Okabe and Ito's where they are ours to choose.
+colours are Okabe and Ito's where they are ours to choose. `parts` wants part labels.
 """
 
 import dataclasses
@@ -21,12 +22,13 @@ from pathlib import Path
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.figure import Figure
 
 from protoseg_jax import models
 from protoseg_jax.data.labels import LabelSet, palette
 from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import part_agreement
 from protoseg_jax.explain.evidence import point_counts
 from protoseg_jax.explain.model import Model, Picture
 from protoseg_jax.files import write_atomically
@@ -38,6 +40,7 @@ _PROTOTYPES = 4  # of a class, in figures 2, 6 and 8
 _ROWS = 3  # images in figures 2 and 7, and in figure 8
 _SIDE = 400  # pixels of an embedded picture's longer side
 _COLOURS = palette(8)[1:5]
+_NO_PART = (128, 128, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Side:
       kind: "prototype" or "direction".
       prototypes: the run's.
       counts: points of its class that each prototype is the most similar one to (Fig. 5).
+      standing: each prototype's part, its share of the points won and its area, by
+        `part_agreement.standing_for`; empty unless "parts" is drawn.
       seen: each image.
       mark: what tells its prototypes from another run's.
     """
@@ -72,6 +77,7 @@ class Side:
     kind: str
     prototypes: list[Prototype]
     counts: Int[np.ndarray, " m"]
+    standing: list[tuple[str, float, float] | None]
     seen: list[Seen]
     mark: str
 
@@ -105,7 +111,8 @@ def draw_figures(
       compare: a second run's folder, of the same classes.
 
     Raises:
-      UserError: as `page.explain_run`; or a figure is unknown, or the runs' classes differ.
+      UserError: as `page.explain_run`; or a figure is unknown, the runs' classes differ, or parts
+        are asked for of images without part labels.
     """
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
@@ -116,17 +123,24 @@ def draw_figures(
     if runs[0].classes.names != runs[-1].classes.names:
         raise UserError(f"runs {workdir} and {compare} have different classes; compare like runs")
     pictures = runs[0].pictures(split, paths)
+    of_parts = "parts" in names
+    if of_parts and any(picture.parts is None for picture in pictures):
+        whose = "images of one's own" if paths else runs[0].experiment.config.data.name
+        raise UserError(f"{whose} have no part labels; leave parts out of --figures")
     titles = [model.workdir.path.name for model in runs]
     if compare and titles[0] == titles[1]:
         titles[1] += " (2)"
     sides = []
     for model, name in zip(runs, titles, strict=True):
         found = (model.explain(picture.image) for picture in pictures)
-        counts = point_counts(model, split)["used"]
+        counted = point_counts(model, split, (part_agreement,) if of_parts else ())
+        counts, standing = counted["used"], []
+        if of_parts:
+            standing = part_agreement.standing_for(counted["part_agreement"], len(counts))
         seen = [Seen(x.segmentation.labels, x.similarities, x.winning_prototype) for x in found]
         kind = models.kind(model.experiment.config.model)
         mark = f", {name}" if compare else ""
-        sides.append(Side(name, kind, model.prototypes, counts, seen, mark))
+        sides.append(Side(name, kind, model.prototypes, counts, standing, seen, mark))
     target = Path(out) if out else runs[0].workdir.path / "figures"
     drawn = (FIGURES[name](pictures, sides, runs[0].classes) for name in dict.fromkeys(names))
     written = []
@@ -208,9 +222,7 @@ def fig7(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
         for axis, (title, labels) in zip(axes[y, 1:], maps, strict=False):
             _show(axis, classes.paint(labels), "" if y else title, labels=True)
     present = {c for side in sides for seen in side.seen[:_ROWS] for c in np.unique(seen.labels)}
-    handles = [plt.Rectangle((0, 0), 1, 1, fc=_unit(classes.colours[c])) for c in sorted(present)]
-    names = [classes.names[c] for c in sorted(present)]
-    figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=7, frameon=False)
+    _legend(figure, {classes.names[c]: classes.colours[c] for c in sorted(present)})
     yield "fig7", figure, None
 
 
@@ -227,22 +239,64 @@ def fig8(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
             winners = np.where(own, seen.winners, -1)
             won = np.bincount(winners[own], minlength=len(owners))
             best = [j for j in np.argsort(-won, kind="stable")[:_PROTOTYPES].tolist() if won[j]]
-            grey = cv2.cvtColor(cv2.cvtColor(picture.image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            coloured = grey.astype(float)
+            coloured = _grey(picture.image)
             for j, colour in zip(best, _COLOURS, strict=False):
-                coloured[winners == j] = 0.35 * coloured[winners == j] + 0.65 * np.array(colour)
+                _tint(coloured, winners == j, colour)
             figure, axes = _grid(1, 3 + len(best), picture.image)
             _show(axes[0, 0], picture.image, "image")
             _show(axes[0, 1], classes.paint(seen.labels), "segmentation", labels=True)
             title = f"{side.kind}s of {classes.names[c]}"
-            _show(axes[0, 2], coloured.astype(np.uint8), title, labels=True)
+            _show(axes[0, 2], coloured, title, labels=True)
             for axis, j, colour in zip(axes[0, 3:], best, _COLOURS, strict=False):
                 _patch(axis, side.kind, side.prototypes[j], colour)
             suffix = f"_{file_name(side.name)}" if side.mark else ""
             yield f"fig8_{file_name(picture.name)}{suffix}", figure, None
 
 
-FIGURES = {"fig2": fig2, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8}
+def parts(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Drawn:
+    """A file a class: true parts, and beside them each pixel of the class in the colour of the part
+    that its winning prototype stands for, darker for a part's second prototype, grey for none."""
+    names = pictures[0].part_names
+    for c, name in enumerate(classes.names):
+        rows = [n for n, area in _areas(pictures, sides[0], c)[:_ROWS] if area]
+        found = [np.unique(pictures[n].parts[pictures[n].truth == c]) for n in rows]
+        present = sorted({int(k) for row in found for k in row} - {0})
+        if not present:
+            continue
+        colours = dict(zip(present, palette(1 + len(present))[1:], strict=True))
+        figure, axes = _grid(len(rows), 2 + len(sides), pictures[rows[0]].image)
+        for y, n in enumerate(rows):
+            picture, grey = pictures[n], _grey(pictures[n].image)
+            truth = grey.copy()
+            for k, colour in colours.items():
+                _tint(truth, (picture.parts == k) & (picture.truth == c), colour)
+            _show(axes[y, 0], picture.image, "" if y else "image")
+            _show(axes[y, 1], truth, "" if y else "true parts", labels=True)
+            for axis, side in zip(axes[y, 2:], sides, strict=True):
+                shown = grey.copy()
+                for j in side.most_used(c):
+                    own = (side.seen[n].winners == j) & (side.seen[n].labels == c)
+                    _tint(shown, own, _part_colour(side, j, names, colours))
+                _show(axis, shown, "" if y else side.name, labels=True)
+        _legend(figure, {names[k]: colour for k, colour in colours.items()})
+        yield f"parts_{file_name(name)}", figure, f"{name}: what its {sides[0].kind}s stand for"
+
+
+FIGURES = {"fig2": fig2, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8, "parts": parts}
+
+
+def _part_colour(
+    side: Side, j: int, names: Sequence[str], colours: dict[int, tuple[int, int, int]]
+) -> tuple[float, ...]:
+    """The colour of the part that prototype j stands for; grey where it stands for none.
+
+    Of several that stand for one part the most used has the part's colour, the next a darker one.
+    """
+    part, class_ = side.standing[j], side.prototypes[j].class_
+    if part is None or names.index(part[0]) not in colours:
+        return _NO_PART
+    same = [i for i in side.most_used(class_) if (side.standing[i] or " ")[0] == part[0]]
+    return tuple(0.8 ** same.index(j) * x for x in colours[names.index(part[0])])
 
 
 def _areas(pictures: Sequence[Picture], side: Side, c: int) -> list[tuple[int, int]]:
@@ -268,6 +322,12 @@ def _grid(rows: int, columns: int, image: np.ndarray):
     return figure, axes
 
 
+def _legend(figure: Figure, named: dict[str, tuple[int, int, int]]) -> None:
+    handles = [plt.Rectangle((0, 0), 1, 1, fc=_unit(colour)) for colour in named.values()]
+    place = {"loc": "outside lower center", "ncols": 6, "fontsize": 7, "frameon": False}
+    figure.legend(handles, list(named), **place)
+
+
 def _show(axis, image: UInt8[np.ndarray, "H W 3"], title: str, *, labels: bool = False) -> None:
     """A picture; label maps are made smaller without mixing colours."""
     small = shrink(image, _SIDE)
@@ -275,6 +335,15 @@ def _show(axis, image: UInt8[np.ndarray, "H W 3"], title: str, *, labels: bool =
         small = resize_labels(image, small.shape[:2])
     axis.imshow(small, interpolation="nearest" if labels else None)
     axis.set_title(title, fontsize=7)
+
+
+def _grey(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def _tint(image: UInt8[np.ndarray, "H W 3"], where: Bool[np.ndarray, "H W"], colour) -> None:
+    """Lay a colour over some pixels, in place."""
+    image[where] = (0.35 * image[where] + 0.65 * np.array(colour)).astype(np.uint8)
 
 
 def _heat(axis, image, side: Side, n: int, j: int, title: str) -> None:

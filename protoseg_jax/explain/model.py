@@ -149,11 +149,21 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image with its name and, if it has any, its labels."""
+    """An image with its name and, if it has any, its labels.
+
+    Attributes:
+      name: of the image.
+      image: RGB.
+      truth: classes, or None.
+      parts: labels of parts, 0 for none, or None.
+      part_names: their names, "no part" first.
+    """
 
     name: str
     image: UInt8[np.ndarray, "H W 3"]
     truth: UInt8[np.ndarray, "H W"] | None
+    parts: UInt8[np.ndarray, "H W"] | None = None
+    part_names: tuple[str, ...] = ()
 
 
 class Model(Finished):
@@ -209,7 +219,16 @@ class Model(Finished):
         source, labelled = data.source(split), data.labelled(split)
         chosen = np.unique(np.linspace(0, len(source) - 1, _PICTURES).astype(int)).tolist()
         found = [source[n] for n in chosen]
-        return [Picture(e["image_id"], e["image"], e["label"] if labelled else None) for e in found]
+        return [
+            Picture(
+                example["image_id"],
+                example["image"],
+                example["label"] if labelled else None,
+                example["parts"] if data.part_names else None,
+                data.part_names,
+            )
+            for example in found
+        ]
 
     def _read(self, image: images.ImageLike) -> UInt8[np.ndarray, "H W 3"]:
         return images.read(image, self.experiment.config.data.white)

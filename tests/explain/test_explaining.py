@@ -5,14 +5,18 @@ import shutil
 import xml.etree.ElementTree
 from types import SimpleNamespace
 
+import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import protoseg_jax
+from protoseg_jax.data.labels import generic
 from protoseg_jax.errors import UserError
-from protoseg_jax.explain import mistakes
+from protoseg_jax.explain import figures, mistakes
 from protoseg_jax.explain.evidence import point_counts
 from protoseg_jax.explain.figures import draw_figures
+from protoseg_jax.explain.model import Picture
 from protoseg_jax.explain.page import explain_run
 from protoseg_jax.training.removal import remove
 
@@ -163,7 +167,48 @@ def test_figures_that_cannot_be_drawn(small_run, tmp_path):
     (other / "classes.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="different classes"):
         draw_figures(path, "validation", [], None, ["fig5"], str(other))
+    own = tmp_path / "own.png"
+    cv2.imwrite(str(own), np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(UserError, match="images of one's own have no part labels; leave parts out"):
+        draw_figures(path, "validation", [str(own)], None, ["parts"], None)
     assert not (small_run.workdir.path / "figures").exists()
+
+
+def test_pixels_have_the_colour_of_the_part_that_their_prototype_stands_for():
+    """Prototypes of the car (most points first): 2 and 0 stand for the wheel, 1 for no part; 3, of
+    the road, wins pixels of the car; the last row is predicted road."""
+    truth = np.repeat(np.array([[1, 1, 1, 1, 0]], np.uint8), 4, 0)
+    parts = np.repeat(np.array([[0, 1, 2, 2, 0]], np.uint8), 4, 0)
+    labels = truth.copy()
+    labels[3] = 0
+    winners = np.repeat(np.array([[0, 1, 2, 3, 3]]), 4, 0)
+    image, names = np.full((4, 5, 3), 100, np.uint8), ("none", "wheel", "body")
+    wheel = ("wheel", 0.9, 0.4)
+    side = figures.Side(
+        "run",
+        "prototype",
+        [SimpleNamespace(class_=c, index=j) for j, c in enumerate((1, 1, 1, 0))],
+        np.array([5, 9, 7, 4]),
+        [wheel, None, wheel, None],
+        [figures.Seen(labels, np.zeros((1, 1, 4)), winners)],
+        "",
+    )
+    picture = Picture("one", image, truth, parts, names)
+    ((name, figure, _),) = figures.parts([picture], [side], generic(("road", "car")))
+    shown = [axis.images[0].get_array() for axis in figure.axes]
+    plt.close(figure)
+    assert name == "parts_car" and len(shown) == 3
+
+    def tinted(colour):
+        return (0.35 * 100 + 0.65 * np.array(colour)).astype(np.uint8)
+
+    of_wheel, of_body = np.array(generic(("a", "b", "c")).colours[1:])
+    true = np.array([image[0, 0], tinted(of_wheel), tinted(of_body), tinted(of_body), image[0, 0]])
+    np.testing.assert_array_equal(shown[1], np.repeat(true[None], 4, 0))
+    row = [tinted(0.8 * of_wheel), tinted([128] * 3), tinted(of_wheel), image[0, 0], image[0, 0]]
+    expected = np.repeat(np.array(row)[None], 4, 0)
+    expected[3] = 100
+    np.testing.assert_array_equal(shown[2], expected)
 
 
 @pytest.mark.slow
