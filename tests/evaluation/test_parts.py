@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import cluster
 
-from benchmarks import position
+from benchmarks import part_table, position
 from protoseg_jax.data.labels import VOID
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import consistency, part_agreement, parts, report, stability
@@ -318,6 +318,21 @@ def test_what_a_prototype_stands_for():
     assert got[5] == ("wall", 1.0, pytest.approx(0.8))
     assert [got[j] for j in (0, 1, 2, 3)] == [None] * 4
     assert part_agreement.standing_for(None, 2) == [None, None]
+
+
+def test_the_table_of_parts():
+    """Recall and precision of a part's prototypes together and of the best; none for the knob."""
+    entry = {"parts": ["wall", "door", "knob"], "prototypes": [3, 0, 1]}
+    entry["table"] = [[60, 20, 10], [0, 5, 30], [0, 0, 5]]  # prototypes 3, 0, 1
+    got = part_table.rows({"classes": {"house": entry}}, [10, 11, 12, 13])
+    assert [row[:3] for row in got] == [
+        ("wall", pytest.approx(90 / 130), [13, 10]),
+        ("door", pytest.approx(35 / 130), [11]),
+        ("knob", pytest.approx(5 / 130), []),
+    ]
+    assert got[0][3:] == (pytest.approx(80 / 90), pytest.approx(80 / 85), 13, 60 / 90, 1.0)
+    assert got[1][3:] == (*[pytest.approx(x) for x in (30 / 35, 30 / 45)], 11, 30 / 35, 30 / 45)
+    assert got[2][3:] == (None,) * 5
 
 
 def test_the_page_about_the_place(tmp_path, monkeypatch):
