@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoints [--out=FILE.md]
 
-The joint phase's state (parameters, Adam's moments) of `configs/demo.py`'s network and of the
+The joint phase's state (parameters, Adam's moments) of `configs/demo.py:paper`'s network and of the
 published ResNet-101; and the demo's seconds a joint step with and without checkpoints.
 """
 
@@ -35,7 +35,7 @@ REPEATS = 5
 STEPS, WARM, EVERY = 60, 10, 10  # joint steps, those left out, steps between two checkpoints
 # Config, classes and prototypes by name.
 NETWORKS = {
-    "demo": (configs.load("demo"), 6, 48),
+    "demo": (configs.load("demo:paper"), 6, 48),
     "ResNet-101": (flops.config(), flops.CLASSES, flops.PROTOTYPES),
 }
 
@@ -76,7 +76,7 @@ def measure(name: str) -> tuple[float, float, float]:
 
 def step_seconds(every: int) -> float:
     """Mean seconds a joint step of the demo, with a checkpoint each `every` steps (0: none)."""
-    config = configs.load("demo")
+    config = configs.load("demo:paper")
     config.phases.joint.steps = WARM + STEPS
     config.update({"log_every": 1, "eval_every": 0, "checkpoint_every": every})
     with tempfile.TemporaryDirectory() as folder:
@@ -112,8 +112,8 @@ def main() -> None:
         "",
         f"A joint step of the demo takes {without:.0f} ms without checkpoints and {with_:.0f} ms "
         f"with one every {EVERY} steps (the demo's own: every "
-        f"{configs.load('demo').checkpoint_every}); means over {STEPS} steps, medians of {REPEATS} "
-        "alternating runs.",
+        f"{configs.load('demo:paper').checkpoint_every}); means over {STEPS} steps, medians of "
+        f"{REPEATS} alternating runs.",
     ]
     machine.report(lines, arguments.out)
 

@@ -1,6 +1,6 @@
 """Train variants of a config side by side over several seeds: mean ± deviation of every score.
 
-    python -m benchmarks.compare --config=configs/demo.py --seeds=0,1,2 \\
+    python -m benchmarks.compare --config=configs/demo.py:paper --seeds=0,1,2 \\
         --vary=loss.diversity=0 --vary=loss.diversity=0.25
 
 A variant is one `--vary`: settings `key=value` separated by commas (empty: the config as it is),

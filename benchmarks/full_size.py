@@ -239,7 +239,7 @@ def peak(compiled) -> float:
 
 def page(name: str, dtype: str, batch_size: int, repeats: int) -> list[str]:
     """The table of one config at one dtype."""
-    case, (*_, projected, evaluated) = Case(name, dtype), SETS[name]
+    case, (*_, projected, evaluated) = Case(name, dtype), SETS[name.partition(":")[0]]
     on_cpu = jax.local_devices()[0].platform == "cpu"
     rate = matmul_rate(jnp.dtype(dtype), 4096 if on_cpu else 16384)
     lines = [

@@ -66,7 +66,7 @@ TASKS = {
     "msc": Task("the same with MSC", "pascal", 2, 3),
     "em": Task("EM's U-Net (`:cpu`), 4 × 128²", "isbi_em:cpu", 4, 2),
     "camvid": Task("CamVid's U-Net, 8 × 180×240", "camvid:scratch", 8, 9),
-    "demo": Task("the demo's ResNet-14, 8 × 128²", "demo", 8, 3),
+    "demo": Task("the demo's ResNet-14, 8 × 128²", "demo:paper", 8, 3),
     "forward": Task("forward, DeepLabv2-ResNet-101, 1024×2048", "cityscapes", 1, None),
     "lite0": Task(
         "EfficientNet-Lite0 on several stages, 8 × 180×240", "camvid:scratch", 8, 9, LITE0

@@ -4,7 +4,7 @@
         [--out=FILE]
 
 Makes `parts` anew as a `folder` data set with the mark on the car of every image, or of a share of
-them drawn at random (the others show what a car is without it), trains configs/demo.py on it,
+them drawn at random (the others show what a car is without it), trains configs/demo.py:paper on it,
 names the prototypes whose patch lies on a mark, takes them away with `explain.py --remove`, and
 scores both runs on images without any mark (split `validation`) and with the mark on houses instead
 (split `test`). A control is without as many others of the same classes: it is fine-tuned as long.
@@ -121,7 +121,7 @@ def main() -> None:
     settings = [f"--config.{s}" for s in arguments.set]
     call(
         "train.py",
-        "--config=demo",
+        "--config=demo:paper",
         f"--workdir={marked}",
         "--config.data.name=folder",
         f"--config.data.dir={data}",

@@ -2,42 +2,32 @@
 
 python train.py --config=configs/demo.py[:ROW]
 
-The default is trained from scratch by the paper's recipe. `:lite0` has a frozen EfficientNet-Lite0
-with ImageNet weights, which sees images at twice their size, and in place of the diversity loss
-the assignment loss, by which prototypes come to stand for parts; `:lite0_paper` the paper's losses.
+The default has a frozen EfficientNet-Lite0 with ImageNet weights, which sees images at twice their
+size, and in place of the diversity loss the assignment loss, by which prototypes come to stand for
+parts. `:scratch` trains a small ResNet from nothing with that loss, `:paper` by the paper's recipe;
+`:lite0_paper` is the default's network with the paper's losses.
 """
 
 from protoseg_jax.config import ConfigDict, default, require_row
 
-ROWS = ("scratch", "lite0", "lite0_paper")
+ROWS = ("lite0", "lite0_paper", "scratch", "paper")
 
 
-def get_config(row: str = "scratch") -> ConfigDict:
+def get_config(row: str = "lite0") -> ConfigDict:
     require_row(row, ROWS)
     c = default()
     c.batch_size = 8
     c.eval_batch_size = 16
     c.data.name = "parts"
     c.model.update({"features": 32, "prototypes_per_class": 8})
-    (_scratch if row == "scratch" else _lite0)(c)
-    if row == "lite0":
-        _parts(c)
+    (_lite0 if row.startswith("lite0") else _scratch)(c)
+    if row == "lite0":  # by the map at stride 16
+        _parts(c, anchors=1, steps=120)
+    if row == "scratch":  # by the only map, ResNet's last
+        _parts(c, anchors=0, steps=60)
     c.log_every = 10
     c.eval_every = c.checkpoint_every = 500
     return c
-
-
-def _scratch(c: ConfigDict) -> None:
-    c.crop_size = c.eval_size = (128, 128)
-    c.augment.scale = (0.8, 1.2)
-    c.model.update({"depth": 14, "width": 16, "norm": "group", "aspp_rates": (1, 2, 3)})
-    c.model.update({"stride_in": "3x3", "preprocessing": "imagenet"})
-    # A high rate on the ASPP would saturate the sigmoid before the features have learnt anything.
-    new = {"aspp": 3e-4, "prototypes": 2e-3}
-    c.phases.warmup.update({"steps": 30, "learning_rates": new})
-    c.phases.joint.update({"steps": 1650, "learning_rates": {"backbone": 2e-3, **new}})
-    c.phases.finetune.update({"steps": 60, "learning_rates": {"head": 1e-3}})
-    c.phases.finetune_pruned.update({"steps": 60, "learning_rates": {"head": 1e-3}})
 
 
 def _lite0(c: ConfigDict) -> None:
@@ -53,8 +43,23 @@ def _lite0(c: ConfigDict) -> None:
     c.phases.finetune_pruned.update({"steps": 60, "learning_rates": {"head": 1e-2}})
 
 
-def _parts(c: ConfigDict) -> None:
-    """Points are divided by the backbone's map at stride 16, once anchors have settled in it."""
+def _scratch(c: ConfigDict) -> None:
+    c.crop_size = c.eval_size = (128, 128)
+    c.augment.scale = (0.8, 1.2)
+    c.model.update({"depth": 14, "width": 16, "norm": "group", "aspp_rates": (1, 2, 3)})
+    c.model.update({"stride_in": "3x3", "preprocessing": "imagenet"})
+    # A high rate on the ASPP would saturate the sigmoid before the features have learnt anything.
+    new = {"aspp": 3e-4, "prototypes": 2e-3}
+    c.phases.warmup.update({"steps": 30, "learning_rates": new})
+    c.phases.joint.update({"steps": 1650, "learning_rates": {"backbone": 2e-3, **new}})
+    c.phases.finetune.update({"steps": 60, "learning_rates": {"head": 1e-3}})
+    c.phases.finetune_pruned.update({"steps": 60, "learning_rates": {"head": 1e-3}})
+
+
+def _parts(c: ConfigDict, anchors: int, steps: int) -> None:
+    """A class's points are divided by one of the backbone's maps, once anchors have settled in it
+    for so many steps."""
     c.loss.update({"diversity": 0.0, "assignment": 0.3, "assignment_tau": 0.5})
-    c.model.anchors = 1
-    c.phases.warmup = {"steps": 120, "learning_rates": {"prototypes": 3e-2}, "schedule": "constant"}
+    c.model.anchors = anchors
+    rates = {"prototypes": 3e-2}
+    c.phases.warmup = {"steps": steps, "learning_rates": rates, "schedule": "constant"}
