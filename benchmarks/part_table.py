@@ -74,9 +74,10 @@ def main() -> None:
         lines.append(f"| {part} | {100 * area:.0f} | {names} | {' | '.join(cells)} |")
     lines += [
         "",
-        "In %. Area: of the class's points. A prototype stands for the part of which it wins most, "
-        "if that is more than the part's area. Recall: of the part's points, those that these "
-        "prototypes win; precision: of the points that they win, those of the part.",
+        "In %. Area: of the class's points. A prototype stands for the part that most of its "
+        "points are of, among those of which it has more than their area. Recall: of the part's "
+        "points, those that these prototypes win; precision: of the points that they win, the "
+        "part's.",
     ]
     machine.report(lines, arguments.out)
 

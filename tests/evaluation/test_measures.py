@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import novelty as novelty_benchmark
 from protoseg_jax import models
 from protoseg_jax.config import default
 from protoseg_jax.data.labels import VOID
@@ -357,3 +358,18 @@ def test_auroc_counts_pairs(pairs):
     wins = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
     got = novelty.auroc(scores, positive)
     assert got == (pytest.approx(np.mean(wins)) if wins else None)
+
+
+def test_distances_to_a_class_s_gaussian():
+    """Of moments added in parts, against the inverse covariance written out."""
+    rng = np.random.default_rng(0)
+    x, away = rng.normal(size=(50, 4)) @ rng.normal(size=(4, 4)), rng.normal(size=(3, 4))
+    moments = novelty_benchmark.Moments.nothing(4)
+    for part in (x[:20], x[20:]):
+        moments.add(part)
+    for part in (slice(None), slice(1, 3)):
+        y, at = x[:, part], away[:, part]
+        covariance = np.cov(y.T, bias=True)
+        covariance += 1e-3 * covariance.diagonal().mean() * np.eye(len(covariance))
+        expected = [(a - y.mean(0)) @ np.linalg.inv(covariance) @ (a - y.mean(0)) for a in at]
+        np.testing.assert_allclose(moments.mahalanobis(away, part), expected, rtol=1e-8)
