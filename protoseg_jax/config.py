@@ -80,7 +80,10 @@ def default() -> ConfigDict:
     c.model.msc = ()  # scales of smaller copies of the image: (0.5, 0.75) on Pascal
     c.model.remat = False  # True: less memory, about a third more work
 
-    c.pretrained = ConfigDict({"path": text()})  # weights of PyTorch, or another run's folder
+    c.pretrained = ConfigDict()
+    c.pretrained.path = text()  # weights of PyTorch, or another run's folder
+    # Joint steps of a black box that is trained before all else, in DIR/blackbox, to start from.
+    c.pretrained.blackbox = 0
 
     c.loss = ConfigDict()
     # Files of losses, or dotted paths. One whose λ is 0 is not computed.

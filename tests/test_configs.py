@@ -50,6 +50,7 @@ def test_keys_network_and_phases(name):
     wanted = [p for p in of_head if config.phases[p].steps]
     assert [p.name for p in phases.from_config(config)] == wanted
     trained = sum(p.steps for p in phases.from_config(config) if p.kind == "train")
+    trained += config.pretrained.blackbox
     config.model.head = "linear"  # every config has a twin, of the same budget
     twin = phases.from_config(config)
     assert sum(p.steps for p in twin) == trained and all(p.learning_rates for p in twin)

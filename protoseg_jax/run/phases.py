@@ -75,6 +75,7 @@ def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
     steps.pop(DIRECTIONS, None)
     if black_box:
         steps["joint"] = steps.get("joint", 0) + sum(steps.get(n, 0) for n in _FINETUNES)
+        steps["joint"] += config.pretrained.blackbox
         steps = {n: s for n, s in steps.items() if n not in (*_SEARCHES, *_FINETUNES)}
         if steps.get("warmup") and not _phase(config, "warmup", 1).learning_rates:
             steps["joint"] += steps.pop("warmup")  # of prototypes alone, say
@@ -126,6 +127,7 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     for name in config.phases:
         if name not in _SEARCHES:
             config.phases[name].steps = min(config.phases[name].steps, SMOKE_STEPS)
+    config.pretrained.blackbox = min(config.pretrained.blackbox, SMOKE_STEPS)
     config.augment.views = min(config.augment.views, 1)
     config.log_every = 1
     config.eval_every = 0

@@ -45,6 +45,10 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
     for key in ("eval_batch_size", "log_every"):
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} must be at least 1; set --config.{key}")
+    if config.pretrained.blackbox < 0:
+        raise UserError(
+            f"pretrained.blackbox={config.pretrained.blackbox} must not be negative; 0 trains none"
+        )
     # For what they refuse: a term or measure that does not exist, a crop that cannot be turned.
     losses.terms(config.loss, np.zeros(0, np.int64), experiment.num_classes)
     measures.modules(config.measures)
@@ -138,6 +142,8 @@ def go(live: Live, first: Checkpoint | None = None) -> None:
         say(f"going on in phase {state.phase} after step {state.step}")
     if state is None:
         state = first or starts.initial(experiment)
+        if experiment.config.pretrained.blackbox and experiment.trains_prototypes:
+            state = _black_box(live)
         if experiment.config.model.prototype_init == "patches" and experiment.trains_prototypes:
             state = starts.on_patches(experiment, state)
     left = [p for p in experiment.phases[at:] if p.name not in scored]
@@ -158,6 +164,20 @@ def go(live: Live, first: Checkpoint | None = None) -> None:
         _summarise(live, phase, state)
     if is_main():
         print(report.stage_table(workdir.summary()))
+
+
+def _black_box(live: Live) -> Checkpoint:
+    """Where a run with `pretrained.blackbox` starts: its network trained without prototypes first,
+    as a run of its own in a folder of this one's."""
+    config = live.experiment.config.copy_and_resolve_references()
+    config.model.head = "linear"
+    for name in config.phases:
+        config.phases[name].steps = 0
+    config.phases.joint.steps, config.pretrained.blackbox = config.pretrained.blackbox, 0
+    folder = str(live.workdir.path / "blackbox")
+    say(f"training a black box first, in {folder}")
+    train(config, folder)
+    return starts.with_run(live.experiment, folder)
 
 
 def run_phase(live: Live, phase: Phase, start: Checkpoint) -> Checkpoint:

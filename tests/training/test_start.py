@@ -11,6 +11,7 @@ from protoseg_jax.evaluation.score import score_run
 from protoseg_jax.inference import shrink_labels
 from protoseg_jax.models import resnet
 from protoseg_jax.models.weights import load
+from protoseg_jax.program import Interrupted
 from protoseg_jax.run.prototypes import classes_of
 from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
@@ -149,6 +150,39 @@ def test_a_run_starts_from_a_prototype_run(finished, tmp_path):
     for group in ("backbone", "aspp"):
         assert same_arrays(got.arrays["params"][group], last.arrays["params"][group])
     assert len(got.prototypes) == 5 * finished.experiment.num_classes
+
+
+@pytest.mark.slow
+def test_a_black_box_may_come_first(finished, tmp_path, monkeypatch, capsys):
+    """Stopped between the two and started again, a run ends as of two commands."""
+    config = finished.experiment.config.copy_and_resolve_references()
+    config.batch_size = 8  # whatever the number of devices
+    for name in ("warmup", "finetune", "pruning", "finetune_pruned"):
+        config.phases[name].steps = 0
+    config.phases.joint.steps = 2
+
+    black_box = config.copy_and_resolve_references()
+    black_box.model.head = "linear"
+    black_box.phases.projection.steps = 0
+    runs.train(black_box, str(tmp_path / "first"))
+    second = config.copy_and_resolve_references()
+    second.pretrained.path = str(tmp_path / "first")
+    runs.train(second, str(tmp_path / "second"))
+
+    config.pretrained.blackbox, folder = 2, Workdir(tmp_path / "one")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(starts, "with_run", lambda *_: (_ for _ in ()).throw(Interrupted(15)))
+        runs.train(config, str(folder.path))
+    assert [entry["phase"] for entry in Workdir(folder.path / "blackbox").summary()] == ["joint"]
+    assert folder.holds_run and not folder.summary()
+    capsys.readouterr()
+    runs.train(config, str(folder.path))
+    assert "this run is finished" in capsys.readouterr().err  # the black box, not trained again
+    got, expected = (
+        run.checkpoints.restore("projection") for run in (folder, Workdir(tmp_path / "second"))
+    )
+    assert same_arrays(got.arrays, expected.arrays)
+    assert folder.summary()[-1]["miou"] == Workdir(tmp_path / "second").summary()[-1]["miou"]
 
 
 def test_prototypes_may_start_on_training_patches(finished, authors_file, tmp_path):
