@@ -3,13 +3,14 @@
 python train.py --config=configs/camvid.py[:ROW] --config.data.dir=PATH
 
 The default: frozen EfficientNet-Lite0 with ImageNet weights, at the size that is scored; what it
-says of 4 crops of each image is computed once. `:trained` trains it too, after 300 steps.
+says of 4 crops of each image is computed once. `:parts` has the assignment loss in place of the
+diversity loss; `:trained` trains the backbone too, after 300 steps.
 `:scratch` is a U-Net from scratch on images at half their size.
 """
 
 from protoseg_jax.config import ConfigDict, default, require_row
 
-ROWS = ("frozen", "trained", "scratch")
+ROWS = ("frozen", "parts", "trained", "scratch")
 
 
 def get_config(row: str = "frozen") -> ConfigDict:
@@ -20,6 +21,11 @@ def get_config(row: str = "frozen") -> ConfigDict:
     c.model.prototype_init = "patches"
     c.loss.class_balance = 0.5  # rare classes count more
     (_scratch if row == "scratch" else _lite0)(c)
+    if row == "parts":  # a class's points are divided by the map at stride 16
+        c.loss.update({"diversity": 0.0, "assignment": 0.3, "assignment_tau": 0.5})
+        c.model.anchors = 1
+        rates = {"prototypes": 3e-2}
+        c.phases.warmup = {"steps": 120, "learning_rates": rates, "schedule": "constant"}
     if row == "trained":
         c.augment.views = 0
         c.phases.warmup.steps, c.phases.joint.steps = 300, 600
