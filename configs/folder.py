@@ -17,6 +17,8 @@ def get_config(row: str = "frozen") -> ConfigDict:
     c = default()
     c.batch_size = c.eval_batch_size = 8
     c.data.name = "folder"
+    # Photographs of any size are trained on as they are evaluated, nearly whole.
+    c.augment.update({"scale": (0.8, 1.5), "scale_of": "evaluation"})
     (_scratch if row == "scratch" else _lite0)(c)
     c.log_every = 10
     c.eval_every = 500

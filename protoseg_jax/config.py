@@ -50,6 +50,7 @@ def default() -> ConfigDict:
 
     c.augment = ConfigDict()
     c.augment.scale = (0.5, 1.5)  # smallest and largest
+    c.augment.scale_of = "image"  # scale 1 is its own size; "evaluation": as evaluation sees it
     c.augment.turns = False  # by quarters, for images without an up and a down
     c.augment.elastic = 0.0  # deviation of the displacements, in pixels of the crop; 0: none
     c.augment.views = 0  # crops of each image that a frozen backbone sees, once; 0: always new ones

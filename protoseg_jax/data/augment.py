@@ -1,9 +1,11 @@
 """Training augmentation (section 4, docs/method.md): random scale, crop, flip — seeded per example.
 
 A uniform scale s in `scale_range` resizes an image to ⌊h·s⌋ × ⌊w·s⌋ (bilinear without
-antialiasing, labels nearest); what is smaller than the crop is padded at the bottom and right with
-the mean colour and void; then a random crop, and a horizontal flip half of the time. Where a config
-says so, for images without an up and a down: quarter turns, and elastic deformation.
+antialiasing, labels nearest), where h × w is its own size or, with `augment.scale_of =
+"evaluation"`, the size that evaluation brings it to; what is smaller than the crop is padded at the
+bottom and right with the mean colour and void; then a random crop, and a horizontal flip half of
+the time. Where a config says so, for images without an up and a down: quarter turns, and elastic
+deformation.
 """
 
 import dataclasses
@@ -43,6 +45,7 @@ class Augment(grain.RandomMapTransform):
       crop_size: (H, W).
       scale_range: (smallest, largest) scale.
       padding_colour: RGB bytes.
+      whole: the (h, w) that scale 1 brings every image to; None for its own size.
       turns: whether crops, which must be square, are turned by 0–3 quarters.
       elastic: deviation, in pixels of the crop, of the displacements on a 3×3 grid over it, between
         which they are interpolated bicubically (Ronneberger et al. 2015: 10 of 512²); 0 for none.
@@ -51,13 +54,14 @@ class Augment(grain.RandomMapTransform):
     crop_size: tuple[int, int]
     scale_range: tuple[float, float]
     padding_colour: tuple[int, int, int]
+    whole: tuple[int, int] | None = None
     turns: bool = False
     elastic: float = 0.0
 
     def choose(self, size: tuple[int, int], rng: np.random.Generator) -> Choice:
         """Draw scale, crop and flip for an image of a size."""
         scale = rng.uniform(*self.scale_range)
-        scaled = tuple(max(1, int(n * scale)) for n in size)
+        scaled = tuple(max(1, int(n * scale)) for n in self.whole or size)
         room = (max(n - side, 0) for n, side in zip(scaled, self.crop_size, strict=True))
         box = (*(int(rng.integers(0, n + 1)) for n in room), *self.crop_size)
         flip = bool(rng.random() < 0.5)
@@ -91,7 +95,7 @@ def from_config(config: ml_collections.ConfigDict, padding_colour: tuple[int, in
     """The augmentation of a run's config.
 
     Raises:
-      UserError: a crop that is not square is to be turned.
+      UserError: a crop that is not square is to be turned, or `augment.scale_of` is unknown.
     """
     crop, options = tuple(config.crop_size), config.augment
     if options.turns and crop[0] != crop[1]:
@@ -99,7 +103,15 @@ def from_config(config: ml_collections.ConfigDict, padding_colour: tuple[int, in
             f"crop_size={crop} is not square, so it cannot be turned; set --config.augment.turns="
             "False or a square --config.crop_size"
         )
-    return Augment(crop, tuple(options.scale), padding_colour, options.turns, options.elastic)
+    if options.scale_of not in ("image", "evaluation"):
+        raise UserError(
+            f"augment.scale_of={options.scale_of!r} is unknown; choose one of: image, evaluation"
+        )
+    # Tiles are seen at their own size.
+    resized = options.scale_of == "evaluation" and config.eval_overlap is None
+    whole = tuple(config.eval_size) if resized else None
+    scale = tuple(options.scale)
+    return Augment(crop, scale, padding_colour, whole, options.turns, options.elastic)
 
 
 def displaced(

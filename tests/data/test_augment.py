@@ -59,6 +59,20 @@ def test_a_crop_is_what_is_cut_out_of_the_whole_scaled_example(size, seed):
         assert out[key].flags.c_contiguous
 
 
+@given(st.tuples(st.integers(5, 90), st.integers(5, 90)), st.integers(0, 99))
+def test_images_of_any_size_are_scaled_as_evaluation_sees_them(size, seed):
+    """With a size of the whole, what is drawn is the same for every image."""
+    aug = Augment((24, 20), (0.5, 1.5), GREY, whole=(40, 33))
+    choice = aug.choose(size, np.random.default_rng(seed))
+    assert choice == Augment((24, 20), (0.5, 1.5), GREY).choose(
+        (40, 33), np.random.default_rng(seed)
+    )
+    out = aug.random_map(example(*size), np.random.default_rng(seed))
+    whole = resize_labels(example(*size)["label"], choice.size)
+    whole = pad_and_crop(whole, choice.box, VOID)
+    np.testing.assert_array_equal(out["label"], whole[:, ::-1] if choice.flip else whole)
+
+
 def test_labels_follow_their_pixels_and_both_flips_occur():
     """At scale 1 every pixel still says its label, whatever was cut and flipped."""
     aug, flips = Augment((24, 20), (1.0, 1.0), GREY), set()
@@ -187,7 +201,14 @@ def test_elastic_moves_image_and_labels_alike_and_smoothly():
 def test_a_config_s_augmentation_and_only_square_crops_turn():
     config = configs.default()
     config.crop_size, config.augment.elastic = (32, 40), 2.0
-    assert augment.from_config(config, GREY) == Augment((32, 40), (0.5, 1.5), GREY, False, 2.0)
+    assert augment.from_config(config, GREY) == Augment((32, 40), (0.5, 1.5), GREY, elastic=2.0)
+    config.augment.scale_of = "evaluation"
+    assert augment.from_config(config, GREY).whole == tuple(config.eval_size)
+    config.eval_overlap = 8  # of images at their own size
+    assert augment.from_config(config, GREY).whole is None
+    config.augment.scale_of = "eval"
+    with pytest.raises(UserError, match="scale_of='eval' is unknown; choose one of: image, eval"):
+        augment.from_config(config, GREY)
     config.augment.turns = True
     with pytest.raises(UserError, match="not square"):
         augment.from_config(config, GREY)
