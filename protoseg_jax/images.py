@@ -292,7 +292,9 @@ def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3
         return turned(pixels, header(data).orientation)
     except FileNotFoundError as error:
         raise UserError(f"image {image} does not exist; check the path") from error
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except UnidentifiedImageError as error:  # whose text names a buffer
+        raise UserError(f"image {image} is of no known format; replace it") from error
+    except (OSError, ValueError) as error:
         raise UserError(f"image {image} does not decode ({reason(error)}); replace it") from error
 
 

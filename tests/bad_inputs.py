@@ -306,7 +306,7 @@ def explain_cases(
     later = ("projection", "pruning", "finetune", "prototypes")
     shutil.copytree(work, early, ignore=lambda _, names: [n for n in names if n.startswith(later)])
     cases = {
-        "an image that does not decode": (["--images=" + str(scratch / "text.png")], "not decode"),
+        "an image that does not decode": (["--images=" + str(scratch / "text.png")], "no known"),
         "an image that is not there": (["--images=/nowhere.png"], "/nowhere.png does not exist"),
         "an image with transparency": (
             ["--images=" + str(scratch / "alpha.png")],

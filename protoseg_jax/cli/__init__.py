@@ -17,6 +17,7 @@ from protoseg_jax import program
 VERBS = {
     "train": "train a config, or go on with it",
     "eval": "score a run; write its predictions",
+    "segment": "segment images, folders of them",
     "explain": "a run's explorer page, or the paper's figures of it",
     "remove": "a new run without some of a run's prototypes",
     "tables": "the paper's Tables 1-4 of runs",

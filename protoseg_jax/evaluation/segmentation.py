@@ -48,7 +48,10 @@ def _lerp(x, low, high, weight, axis: int):
 
 
 def upsample(
-    maps: Float[Array, "b h w c"], sizes: Int[Array, "b 2"], out: tuple[int, int]
+    maps: Float[Array, "b h w c"],
+    sizes: Int[Array, "b 2"],
+    out: tuple[int, int],
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b H W c"]:
     """Bilinear to each image's own size: half-pixel centres, no antialiasing (docs/method.md).
 
@@ -57,9 +60,10 @@ def upsample(
       sizes: each image's own (height, width), at most `out`.
       out: (H, W) of the canvas. Pixels outside an image's size are whatever: mask them by void
         labels.
+      first: row of the images that the canvas begins with.
     """
     maps = maps.astype(jnp.float32)
-    top, bottom, down = _taps(maps.shape[1], sizes[:, :1], jnp.arange(out[0]))
+    top, bottom, down = _taps(maps.shape[1], sizes[:, :1], first + jnp.arange(out[0]))
     left, right, across = _taps(maps.shape[2], sizes[:, 1:], jnp.arange(out[1]))
     # Columns first, so that the larger second step copies whole rows. Gathers and lerps, because
     # products with interpolation matrices were measured slower.

@@ -56,7 +56,7 @@ def test_what_can_be_read_as_an_image(tmp_path):
     (tmp_path / "{text}.png").write_text("no image")
     Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(tmp_path / "alpha.png")
     for bad, words in (
-        (tmp_path / "{text}.png", "{text}.png does not decode"),
+        (tmp_path / "{text}.png", "{text}.png is of no known format"),
         (tmp_path / "none.png", "does not exist"),
         (tmp_path / "alpha.png", "has transparent pixels"),
         (PIXELS.astype(np.float32), "is float32"),

@@ -1,0 +1,164 @@
+"""Images into files: the same classes as eval.py's, whatever fails, stops or is large."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from protoseg_jax.errors import UserError
+from protoseg_jax.evaluation import predictions, segmentation
+from protoseg_jax.explain import segment
+from protoseg_jax.explain.model import Model
+from protoseg_jax.explain.segment import Segmenter, find, strips
+from tests.small import experiment
+
+
+def write(path, size=(8, 9)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(path)
+
+
+def test_what_files_folders_and_patterns_name(tmp_path, monkeypatch):
+    for name in ("a.png", "b/c.JPG", "b/d/e.tif", "b/.hidden.png", ".cache/f.png", "out/g.png"):
+        write(tmp_path / name)
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "b" / "._c.jpg").write_bytes(b"of a Macintosh")
+    monkeypatch.chdir(tmp_path)
+
+    def names(*given):
+        return sorted(find(given, tmp_path / "out"))
+
+    assert names(".") == ["a", "b/c", "b/d/e"]
+    assert names(str(tmp_path)) == names(".")
+    assert names("b") == ["c", "d/e"]
+    assert names("a.png", "b/c.JPG") == ["a", "c"]
+    assert names("b/**/*.tif") == ["d/e"]
+    assert names("*/c.*") == ["b/c"]
+    assert names("a.png", "./a.png", "a.*") == ["a"]  # one file, named thrice
+    write(tmp_path / "odd[1].png")
+    assert names("odd[1].png") == ["odd[1]"]  # a file is no pattern
+    with pytest.raises(UserError, match=r"no image at nothing/\*\.png; name files, folders"):
+        names("nothing/*.png")
+    write(tmp_path / "a.bmp")
+    with pytest.raises(UserError, match=r"a\.bmp and a\.png would both be written to a\.png"):
+        names(".")
+
+
+@pytest.fixture
+def folder(small_run):
+    """The images of the small run's data set."""
+    return small_run.workdir.path.parent / "own" / "images"
+
+
+def labels_of(path):
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        return np.array(image)
+
+
+def test_classes_are_those_of_eval(small_run, folder, tmp_path):
+    """To the pixel, for images of three sizes; probabilities and evidence are the model's own."""
+    kinds = segment.KINDS
+    segment.segment(str(small_run.workdir.path), [str(folder)], str(tmp_path / "out"), kinds)
+    predictions.write(
+        small_run.experiment, small_run.checkpoint, "validation", tmp_path / "eval", flips=False
+    )
+    compared = list((tmp_path / "eval").rglob("*.png"))
+    for path in compared:
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(labels_of(tmp_path / "out" / path.name), image)
+    assert len(compared) == 2 and len(list((tmp_path / "out").glob("*.png"))) == 10
+
+    why = small_run.explain(folder / "im3.png")
+    labels = labels_of(tmp_path / "out" / "im3.png")
+    np.testing.assert_array_equal(labels, why.segmentation.labels)
+    got = np.load(tmp_path / "out" / "im3.probabilities.npz")["probabilities"]
+    np.testing.assert_allclose(got, why.segmentation.probabilities, atol=1e-3)
+    found = np.load(tmp_path / "out" / "im3.evidence.npz")
+    np.testing.assert_allclose(found["similarities"], why.similarities, rtol=1e-5, atol=1e-6)
+    summed = found["similarities"] @ found["kernel"]
+    np.testing.assert_allclose(summed, found["logits"], rtol=1e-4, atol=1e-5)
+    winners = found["similarities"] * found["kernel"].T[found["logits"].argmax(-1)]
+    np.testing.assert_array_equal(found["prototype"], found["prototypes"][winners.argmax(-1)])
+    assert found["prototypes"].tolist() == [p.index for p in small_run.prototypes]
+    assert found["novelty"].shape == found["prototype"].shape
+    with Image.open(tmp_path / "out" / "im3.overlay.jpg") as overlay:
+        with Image.open(folder / "im3.png") as image:
+            mixed = (np.array(image).astype(float) + small_run.classes.paint(labels)) / 2
+        assert np.abs(np.array(overlay) - mixed).mean() < 12  # a JPEG of noise
+
+
+def test_one_that_fails_stops_no_other_and_what_is_done_stays(small_run, folder, tmp_path, capsys):
+    path, out = str(small_run.workdir.path), tmp_path / "out"
+    own = tmp_path / "own"
+    for n in range(7):
+        (own / f"{n // 4}").mkdir(parents=True, exist_ok=True)
+        (own / f"{n // 4}" / f"{n}.png").write_bytes((folder / f"im{n}.png").read_bytes())
+    (own / "0" / "2.png").write_text("no image")
+    (own / "empty.jpg").touch()
+    with pytest.raises(UserError, match="2 of 8 images could not be segmented: .*2.png, .*empty"):
+        segment.segment(path, [str(own)], str(out))
+    told = capsys.readouterr().err
+    assert "2.png is of no known format" in told and "empty.jpg" in told
+    done = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
+    assert sorted(p.relative_to(out).as_posix() for p in done) == [
+        *("0/0.png", "0/1.png", "0/3.png", "1/4.png", "1/5.png", "1/6.png")
+    ]
+    assert not list(out.rglob(".*"))  # nothing half written
+
+    (own / "0" / "2.png").write_bytes((folder / "im2.png").read_bytes())
+    (own / "empty.jpg").unlink()
+    os.utime(own / "1" / "5.png", ns=(2**62, 2**62))  # changed since
+    segment.segment(path, [str(own)], str(out))
+    assert "5 of 7 images are done already" in capsys.readouterr().err
+    again = {p for p, when in done.items() if p.stat().st_mtime_ns != when}
+    assert again == {out / "1" / "5.png"}
+    np.testing.assert_array_equal(
+        labels_of(out / "0" / "2.png"), small_run.segment(folder / "im2.png").labels
+    )
+
+    segment.segment(path, [str(own)], str(out), ["overlay"])  # of which nothing is there yet
+    assert len(list(out.rglob("*.overlay.jpg"))) == 7
+    other = dataclasses.replace(small_run, phase="joint")
+    with pytest.raises(UserError, match="holds what .* after its phase projection said; name ano"):
+        Segmenter(other, out)
+    (own / "0" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"no image at .*0\.png"):
+        segment.segment(path, [str(own / "0" / "0.png")], str(out))
+
+
+def test_a_run_that_works_in_tiles(small_run, folder, tmp_path):
+    """As the model by itself does, and an image smaller than a tile is told."""
+    config = small_run.experiment.config.copy_and_resolve_references()
+    config.eval_size, config.eval_overlap = (33, 33), 8
+    tiled = Model(small_run.workdir, experiment(config), "projection", small_run.checkpoint)
+    Segmenter(tiled, tmp_path / "out", ["evidence"]).run(find([str(folder)], tmp_path / "out"))
+    for n in range(3):
+        got = labels_of(tmp_path / "out" / f"im{n}.png")
+        np.testing.assert_array_equal(got, tiled.segment(folder / f"im{n}.png").labels)
+    found = np.load(tmp_path / "out" / "im0.evidence.npz")
+    assert len(found["similarities"]) == len(found["corner"]) == len(found["size"]) > 1
+    write(tmp_path / "small.png", (20, 90))
+    with pytest.raises(UserError, match="1 of 1 images"):
+        Segmenter(tiled, tmp_path / "out").run({"small": tmp_path / "small.png"})
+
+
+def test_strips_are_the_whole(monkeypatch):
+    """Rows at a time, whatever does not divide."""
+    monkeypatch.setattr(segment, "_STRIP", 64 * 192 * 3)
+    logits = np.random.default_rng(0).normal(size=(9, 7, 3)).astype(np.float32)
+    size = (200, 150)
+    whole = segmentation.predict(logits[None], np.array([size]), (256, 192))[0]
+    parts = list(strips(logits, size, shares=True))
+    assert [rows.start for rows, *_ in parts] == [0, 64, 128, 192]
+    np.testing.assert_array_equal(np.concatenate([x for _, x, _ in parts]), whole[:200, :150])
+    for (rows, labels, shares), (same, plain, nothing) in zip(
+        parts, strips(logits, size), strict=True
+    ):
+        assert rows == same and nothing is None
+        np.testing.assert_array_equal(labels, plain)
+        own = np.take_along_axis(shares, labels[..., None], -1)[..., 0]
+        np.testing.assert_array_equal(own, shares.max(-1))  # 16 bits may tie
+        np.testing.assert_allclose(shares.sum(-1), 1, atol=2e-3)
