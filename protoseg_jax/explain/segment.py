@@ -53,7 +53,7 @@ _ENDINGS = {
 }
 _THREADS = 2  # that read, and as many that write
 _STRIP = 2**24  # logits at full size at once
-_STEP = 64  # canvases are multiples of it, so that few are compiled
+_STEP = 64  # canvases are multiples of it, or of more, so that few are compiled
 _WILD = set("*?[")
 
 
@@ -363,9 +363,9 @@ def strips(
       shares: whether probabilities are wanted.
     """
     height, width = size
-    across = -(-width // _STEP) * _STEP
+    across = _canvas(width)
     rows = max(_STRIP // (across * logits.shape[-1]) // _STEP, 1) * _STEP
-    rows = min(rows, -(-height // _STEP) * _STEP)
+    rows = min(rows, _canvas(height))
     for top in range(0, height, rows):
         found, p = _strip(logits, np.array(size), top, (rows, across), shares)
         here = slice(top, min(top + rows, height))
@@ -375,6 +375,12 @@ def strips(
             np.asarray(found)[:count, :width],
             np.asarray(p)[:count, :width] if shares else None,
         )
+
+
+def _canvas(length: int) -> int:
+    """A length that holds another: a multiple of 64, of 128 from 512 on, of 256 from 1024 on …"""
+    step = max(_STEP, 1 << max(length.bit_length() - 3, 0))
+    return -(-length // step) * step
 
 
 def _strip_of(logits, size, top, canvas, shares):
