@@ -9,9 +9,9 @@ from prototypes because it is difficult, and only what the first has beyond it i
 finished is not run again.
 
 Beside novelty as the measure and the explorer have it, min_j ‖z − p_j‖², what else the same
-network could tell: that distance over its mean among training points of the prototype's class, and
-the least of the Mahalanobis distances to the training points of each class, in z, in the backbone's
-map, and their product.
+network could tell: that distance over its mean among training points that are nearest to the same
+class, and the least of the Mahalanobis distances to the training points of each class, in z, in the
+backbone's map, and their product.
 """
 
 import argparse

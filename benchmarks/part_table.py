@@ -34,7 +34,8 @@ def rows(found: dict[str, Any], indices: list[int]) -> list[tuple]:
     for entry in found["classes"].values():
         total = max(sum(map(sum, entry["table"])), 1)
         for part, points in zip(entry["parts"], entry["table"], strict=True):
-            own = [k for k, j in enumerate(entry["prototypes"]) if (standing[j] or "-")[0] == part]
+            mine = part_agreement.that_stand_for(part, standing)
+            own = [k for k, j in enumerate(entry["prototypes"]) if j in mine]
             own.sort(key=lambda k: -points[k])
 
             def shares(chosen, points=points, entry=entry):

@@ -9,6 +9,7 @@ side × side pixels, in a process of its own whose peak memory is read at its en
 """
 
 import argparse
+import functools
 import pathlib
 import resource
 import subprocess
@@ -25,6 +26,7 @@ from protoseg_jax import devices, images
 from protoseg_jax.data.sets import parts
 from protoseg_jax.explain.model import Model
 from protoseg_jax.explain.segment import Segmenter, find
+from protoseg_jax.inference import Inference
 
 
 def make_images(folder: pathlib.Path, count: int) -> None:
@@ -36,33 +38,32 @@ def make_images(folder: pathlib.Path, count: int) -> None:
         (folder / f"{n:03d}.jpg").write_bytes(images.encode(picture, ".jpg", 90))
 
 
+@functools.lru_cache
+def network(inference: Inference):
+    """step(variables, batch) → logits, compiled once."""
+    return lambda variables, batch: inference(variables, batch["image"]).logits
+
+
 def forward(model: Model, count: int) -> float:
     """Seconds of the network alone on so many images."""
     experiment, inference = model.experiment, model.inference
     batch = experiment.eval_batch_size
     blank = {"image": np.zeros((batch, *inference.eval_size, 3), np.uint8)}
+    blanks = [blank] * -(-count // batch)
+    step, variables = network(inference), model.checkpoint.variables
     started = time.monotonic()
-    outputs = experiment.pool.outputs(
-        lambda variables, batch: inference(variables, batch["image"]).logits,
-        model.checkpoint.variables,
-        [blank] * -(-count // batch),
-    )
+    outputs = experiment.pool.outputs(step, variables, blanks)
     for _, logits in outputs:
         jax.block_until_ready(logits)
     return time.monotonic() - started
 
 
-def huge(path: str, side: int) -> None:
-    """In a process of its own: one image of side × side; prints seconds and peak MB."""
-    model = Model.load(path)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        picture = cv2.resize(parts.scene(0, 0, 0)[0], (side, side))
-        (folder / "huge.jpg").write_bytes(images.encode(picture, ".jpg", 90))
-        del picture
-        started = time.monotonic()
-        Segmenter(model, folder / "out").run(find([str(folder / "huge.jpg")], folder / "out"))
-        took = time.monotonic() - started
+def alone(path: str, image: str) -> None:
+    """In a process of its own: one image; prints seconds and peak MB."""
+    model, out = Model.load(path), pathlib.Path(image).with_suffix("")
+    started = time.monotonic()
+    Segmenter(model, out).run(find([image], out))
+    took = time.monotonic() - started
     print(took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -72,14 +73,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", type=int, default=10_000)
-    parser.add_argument("--huge", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     devices.split_cpu(None)
     devices.keep_compiled_programs()
     devices.keep_freed_memory()
-    if arguments.huge:
-        return huge(arguments.run, arguments.side)
+    if arguments.alone:
+        return alone(arguments.run, arguments.alone)
     model, seconds = Model.load(arguments.run), {"segment": [], "forward": []}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -90,9 +91,11 @@ def main() -> None:
             Segmenter(model, out).run(find([str(folder / "*.jpg")], out))
             seconds["segment"].append(time.monotonic() - started)
             seconds["forward"].append(forward(model, arguments.count))
-    line = [sys.executable, "-m", "benchmarks.segmenting", "--huge", f"--run={arguments.run}"]
-    line.append(f"--side={arguments.side}")
-    told = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
+        huge = cv2.resize(parts.scene(0, 0, 0)[0], (arguments.side, arguments.side))
+        (folder / "huge.jpg").write_bytes(images.encode(huge, ".jpg", 90))
+        line = [sys.executable, "-m", "benchmarks.segmenting", f"--run={arguments.run}"]
+        line.append(f"--alone={folder / 'huge.jpg'}")
+        told = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
     took, peak = map(float, told[-2:])
     found = {key: values[1:] for key, values in seconds.items()}
     ratio = min(found["segment"]) / min(found["forward"])

@@ -218,7 +218,8 @@ def decode_mask(data: bytes, where: object) -> Mask:
 def _check_still(image: Image.Image, what: str) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
-        raise UserError(f"{what} is an animation of {frames} frames; save the one that is meant")
+        kind = "a stack of {} pages" if image.format == "TIFF" else "an animation of {} frames"
+        raise UserError(f"{what} is {kind.format(frames)}; save the one that is meant")
 
 
 def count_pages(path: Path) -> int:
@@ -288,13 +289,15 @@ def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3
         data = Path(image).read_bytes()
         with _quietly_opened(data) as opened:
             _check_mode(opened, image)
+            if opened.format != "MPO":  # a phone's JPEG with a preview
+                _check_still(opened, f"image {image}")
         pixels = eight_bits(decode_deep(data), white, image, _NO_WHITE)
         return turned(pixels, header(data).orientation)
     except FileNotFoundError as error:
         raise UserError(f"image {image} does not exist; check the path") from error
     except UnidentifiedImageError as error:  # whose text names a buffer
         raise UserError(f"image {image} is of no known format; replace it") from error
-    except (OSError, ValueError) as error:
+    except (*_BROKEN, cv2.error) as error:
         raise UserError(f"image {image} does not decode ({reason(error)}); replace it") from error
 
 
@@ -324,7 +327,10 @@ def encode(
     if array.ndim == 3:
         array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
     options = [] if quality is None else [cv2.IMWRITE_JPEG_QUALITY, quality]
-    return cv2.imencode(suffix, array, options)[1].tobytes()
+    done, data = cv2.imencode(suffix, array, options)
+    if not done:
+        raise ValueError(f"{array.shape[1]}×{array.shape[0]} pixels do not fit a {suffix} file")
+    return data.tobytes()
 
 
 def encode_labels(labels: UInt8[np.ndarray, "h w"]) -> bytes:

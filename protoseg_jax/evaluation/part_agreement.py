@@ -7,6 +7,7 @@ prototypes) and their harmonic mean V, each adjusted for chance. No threshold, a
 part.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -141,6 +142,11 @@ def standing_for(found: dict[str, Any] | None, count: int) -> list[tuple[str, fl
                 k = int(above.argmax())
                 result[j] = entry["parts"][k], float(shares[k]), float(areas[k])
     return result
+
+
+def that_stand_for(part: str, standing: Sequence[tuple[str, float, float] | None]) -> list[int]:
+    """The prototypes, of those that `standing_for` judged, which stand for a part."""
+    return [j for j, found in enumerate(standing) if found and found[0] == part]
 
 
 def agreement(table: Int[np.ndarray, "k n"]) -> tuple[float, float, float]:

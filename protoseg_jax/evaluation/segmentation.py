@@ -4,6 +4,10 @@ Images of a batch lie at the top left of a common canvas, each with its own (hei
 data: nothing compiles per image.
 """
 
+import functools
+from collections.abc import Iterator
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
@@ -57,9 +61,9 @@ def upsample(
 
     Args:
       maps: feature-map resolution.
-      sizes: each image's own (height, width), at most `out`.
-      out: (H, W) of the canvas. Pixels outside an image's size are whatever: mask them by void
-        labels.
+      sizes: each image's own (height, width).
+      out: (H, W) of the canvas, which need not hold all rows of an image. Pixels outside an image's
+        size are whatever: mask them by void labels.
       first: row of the images that the canvas begins with.
     """
     maps = maps.astype(jnp.float32)
@@ -103,6 +107,44 @@ def predict(
       sizes, out: as of `upsample`.
     """
     return upsample(logits, sizes, out).argmax(-1).astype(jnp.uint8)
+
+
+_STRIP = 2**24  # values of upsampled logits at once
+_STEP = 64  # canvases of strips are multiples of it, or of more, so that few are compiled
+
+
+def strips(
+    logits: Float[Array, "h w c"], size: tuple[int, int], *, shares: bool = False
+) -> Iterator[tuple[slice, UInt8[np.ndarray, "n W"], Float[np.ndarray, "n W c"] | None]]:
+    """(rows, their classes, with `shares` their probabilities) of one image at its own size, as
+    `predict` has them, some rows at a time, so that no image is too large (host).
+
+    Args:
+      logits: at the feature map's resolution.
+      size: (H, W) of the image.
+      shares: whether probabilities are wanted, the softmax of the upsampled logits.
+    """
+    height, width = size
+    across = _canvas(width)
+    rows = max(_STRIP // (across * logits.shape[-1]) // _STEP, 1) * _STEP
+    rows = min(rows, _canvas(height))
+    for top in range(0, height, rows):
+        found, p = _strip(logits, np.array(size), top, (rows, across), shares)
+        count = min(rows, height - top)
+        p = np.asarray(p)[:count, :width] if shares else None
+        yield slice(top, top + count), np.asarray(found)[:count, :width], p
+
+
+def _canvas(length: int) -> int:
+    """A length that holds another: a multiple of 64, of 128 from 512 on, of 256 from 1024 on …"""
+    step = max(_STEP, 1 << max(length.bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _strip(logits, size, top, canvas, shares):
+    full = upsample(logits[None], size[None], canvas, top)[0]
+    return full.argmax(-1).astype(jnp.uint8), jax.nn.softmax(full) if shares else None
 
 
 def confusion_matrix(

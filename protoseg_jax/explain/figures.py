@@ -127,6 +127,8 @@ def draw_figures(
     if of_parts and any(picture.parts is None for picture in pictures):
         whose = "images of one's own" if paths else runs[0].experiment.config.data.name
         raise UserError(f"{whose} have no part labels; leave parts out of --figures")
+    if of_parts and len({model.experiment.data.part_names for model in runs}) > 1:
+        raise UserError(f"runs {workdir} and {compare} have different parts; compare like runs")
     titles = [model.workdir.path.name for model in runs]
     if compare and titles[0] == titles[1]:
         titles[1] += " (2)"
@@ -255,7 +257,8 @@ def fig8(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) 
 
 def parts(pictures: Sequence[Picture], sides: Sequence[Side], classes: LabelSet) -> Drawn:
     """A file a class: true parts, and beside them each pixel of the class in the colour of the part
-    that its winning prototype stands for, darker for a part's second prototype, grey for none."""
+    that its winning prototype stands for, darker for a part's second prototype; grey for none, and
+    for one that none of the images shows."""
     names = pictures[0].part_names
     for c, name in enumerate(classes.names):
         rows = [n for n, area in _areas(pictures, sides[0], c)[:_ROWS] if area]
@@ -295,7 +298,8 @@ def _part_colour(
     part, class_ = side.standing[j], side.prototypes[j].class_
     if part is None or names.index(part[0]) not in colours:
         return _NO_PART
-    same = [i for i in side.most_used(class_) if (side.standing[i] or " ")[0] == part[0]]
+    same = part_agreement.that_stand_for(part[0], side.standing)
+    same = [i for i in side.most_used(class_) if i in same]
     return tuple(0.8 ** same.index(j) * x for x in colours[names.index(part[0])])
 
 

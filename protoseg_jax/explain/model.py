@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from protoseg_jax import images
 from protoseg_jax.data import tiles
@@ -30,7 +30,6 @@ from protoseg_jax.models.protoseg import Output
 from protoseg_jax.run.finished import Finished
 from protoseg_jax.run.prototypes import Prototype
 
-_CANVAS_STEP = 64  # images are upsampled onto canvases of such multiples: few are compiled
 _PICTURES = 10  # of a split, for the page and the figures
 
 
@@ -40,6 +39,10 @@ class Segmentation:
 
     labels: UInt8[np.ndarray, "H W"]
     probabilities: Float[np.ndarray, "H W c"]
+
+
+Piece = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], Float[Array, "h w c"]]
+"""(corner, own, size, logits at the feature map's resolution) of a `Part`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Explanation:
     @functools.cached_property
     def segmentation(self) -> Segmentation:
         """What `Model.segment` says of the image, without running the network again."""
-        return _assemble(self.image.shape[:2], self.kernel.shape[1], self.parts)
+        return _segmentation(self.image.shape[:2], self.kernel.shape[1], self.parts)
 
     @property
     def winning_prototype(self) -> Int[np.ndarray, "H W"]:
@@ -188,7 +191,7 @@ class Model(Finished):
           UserError: the image does not decode or is neither RGB nor grey with so many bits.
         """
         image = self._read(image)
-        return _assemble(image.shape[:2], len(self.classes), self._parts(infer, image))
+        return _segmentation(image.shape[:2], len(self.classes), self._parts(infer, image))
 
     def explain(self, image: images.ImageLike) -> Explanation:
         """Why each pixel of an image of any size gets its label.
@@ -260,21 +263,26 @@ def _explain_points(inference, variables, image) -> evidence.PointEvidence:
 _explain_pixels = jax.jit(evidence.explain_pixels)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _segment(logits, size, canvas):
-    full = segmentation.upsample(logits[None], size[None], canvas)[0]
-    return segmentation.predict(logits[None], size[None], canvas)[0], jax.nn.softmax(full)
-
-
-def _assemble(shape: tuple[int, int], num_classes: int, parts: Iterable[Part]) -> Segmentation:
-    """The parts' logits → the whole image's segmentation."""
+def assemble(
+    shape: tuple[int, int], pieces: Iterable[Piece], probabilities: np.ndarray | None = None
+) -> UInt8[np.ndarray, "H W"]:
+    """The labels of an image of a (height, width) from what the network said of its pieces, and its
+    probabilities into an array [H W c], if there is one."""
     labels = np.zeros(shape, np.uint8)
+    for (y, x), (top, left, bottom, right), size, logits in pieces:
+        inner = slice(left - x, right - x)
+        wanted = probabilities is not None
+        for rows, found, shares in segmentation.strips(logits, size, shares=wanted):
+            first, last = max(top, y + rows.start), min(bottom, y + rows.stop)
+            if first < last:
+                here = slice(first - y - rows.start, last - y - rows.start), inner
+                labels[first:last, left:right] = found[here]
+                if wanted:
+                    probabilities[first:last, left:right] = shares[here]
+    return labels
+
+
+def _segmentation(shape: tuple[int, int], num_classes: int, parts: Iterable[Part]) -> Segmentation:
     probabilities = np.zeros((*shape, num_classes), np.float32)
-    for part in parts:
-        (y, x), (top, left, bottom, right) = part.corner, part.own
-        canvas = tuple(-(-n // _CANVAS_STEP) * _CANVAS_STEP for n in part.size)
-        found = _segment(part.points.logits, np.array(part.size), canvas)
-        inner = slice(top - y, bottom - y), slice(left - x, right - x)
-        labels[top:bottom, left:right] = np.asarray(found[0])[inner]
-        probabilities[top:bottom, left:right] = np.asarray(found[1])[inner]
-    return Segmentation(labels, probabilities)
+    pieces = ((part.corner, part.own, part.size, part.points.logits) for part in parts)
+    return Segmentation(assemble(shape, pieces, probabilities), probabilities)

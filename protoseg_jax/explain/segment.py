@@ -2,45 +2,48 @@
 
 ```
 OUT/
-  segment.json            which run and phase this is of, so that nothing else goes on here
+  segment.json            the network, so that nothing else goes on here
+  segmented.jsonl         a line an image that is done: its name, file, size, time and kinds
   NAME.png                the class of each pixel, indexed, in the run's colours
   NAME.overlay.jpg        the image under its classes' colours
   NAME.probabilities.npz  "probabilities" float16 [H W c], softmax of the upsampled logits
-  NAME.evidence.npz       at every point: "similarities" float32 [h w m], "logits" [h w c],
-                          "prototype" uint16 [h w], the number of the winning one, and, where
-                          prototypes decide, "novelty" [h w]; "kernel" [m c], "prototypes" [m] their
-                          numbers; "corner" and "size" of what they cover. With tiles all but the
-                          last two have a leading axis, a tile each.
+  NAME.evidence.npz       "similarities" [h w m], "logits" [h w c], "prototype" [h w], the number of
+                          the winning one, and "novelty" [h w] where prototypes decide, at every
+                          point; "corner" [2], "size" [2] and "own" [4] of what they cover and
+                          decide; "kernel" [m c]; "prototypes" [m], their numbers
 ```
 
+Of a run that works in tiles all of the evidence but the last two has a leading axis, a tile each.
 NAME is the image's path below what was named, without its suffix. Images are read, and files
-written, by threads beside the network; an image is never held longer than it takes, and logits are
-brought to full size by strips of rows.
+written, by threads beside the network, and logits are brought to full size by strips of rows.
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import glob
 import io
 import itertools
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from protoseg_jax import images, models
 from protoseg_jax.data import tiles
 from protoseg_jax.errors import UserError, full_disk, reason
-from protoseg_jax.evaluation import segmentation
 from protoseg_jax.explain import evidence
-from protoseg_jax.explain.model import Model
+from protoseg_jax.explain.model import Model, assemble
 from protoseg_jax.files import read_json, write_atomically, write_json
+from protoseg_jax.inference import Inference
+from protoseg_jax.program import Interrupts
 from protoseg_jax.progress import Progress, say
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -51,41 +54,32 @@ _ENDINGS = {
     "probabilities": ".probabilities.npz",
     "evidence": ".evidence.npz",
 }
+_ABOUT, _DONE = "segment.json", "segmented.jsonl"
 _THREADS = 2  # that read, and as many that write
-_STRIP = 2**24  # logits at full size at once
-_STEP = 64  # canvases are multiples of it, or of more, so that few are compiled
 _WILD = set("*?[")
 
 
 def find(given: Sequence[str], out: Path) -> dict[str, Path]:
     """The images that files, folders (with all below them) and patterns name, by NAME.
 
-    Hidden files are left alone, as is what lies in `out`.
+    Hidden files are left alone unless named, and so is what lies in `out` or in another folder
+    that images were segmented into.
 
     Raises:
       UserError: nothing is there, or two images would be written to one file.
     """
     found: dict[str, Path] = {}
-    out = out.absolute()
+    out = out.resolve()
     for text in given:
-        path, base = Path(text), Path(text)
-        if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
-        elif path.is_file():
-            files, base = [path], path.parent
-        else:
-            parts = itertools.takewhile(lambda part: not _WILD & set(part), path.parts)
-            base = Path(*parts)
-            files = [Path(p) for p in sorted(glob.glob(text, recursive=True)) if Path(p).is_file()]
         here = []
-        for file in files:
-            below = file.relative_to(base)
-            hidden = any(part.startswith(".") for part in below.parts)
-            if not hidden and not file.absolute().is_relative_to(out):
-                here.append((str(below.with_suffix("")), file))
+        for name, file in _named(text):
+            file = file.resolve()
+            outputs = file.is_relative_to(out) or any((p / _ABOUT).exists() for p in file.parents)
+            if not outputs:
+                here.append((name, file))
         if not here:
             raise UserError(
-                f"no image at {text}; name files, folders or patterns of {', '.join(SUFFIXES)}"
+                f"no image at {text!r}; name files, folders or patterns of {', '.join(SUFFIXES)}"
             )
         for name, file in here:
             other = found.setdefault(name, file)
@@ -97,9 +91,32 @@ def find(given: Sequence[str], out: Path) -> dict[str, Path]:
     return found
 
 
+def _named(text: str) -> Iterator[tuple[str, Path]]:
+    """(NAME, file) of the images that an argument names."""
+    if not text or "\0" in text:
+        return
+    if os.path.isfile(text):
+        yield Path(text).stem, Path(text)
+        return
+    base = Path(text)
+    if os.path.isdir(text):
+        files = base.rglob("*")
+    else:
+        base = Path(*itertools.takewhile(lambda part: not _WILD & set(part), base.parts))
+        hits = [Path(hit) for hit in glob.glob(text, recursive=True)]
+        files = itertools.chain.from_iterable(
+            hit.rglob("*") if hit.is_dir() else [hit] for hit in hits
+        )
+    for file in sorted(set(files)):
+        below = file.relative_to(base)
+        hidden = any(part.startswith(".") for part in below.parts)
+        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
+            yield str(below.with_suffix("")), file
+
+
 @dataclasses.dataclass
 class _Cut:
-    """What the network sees at once of an image, and what it said of it."""
+    """What the network sees at once of an image, and what it said of it (see `model.Part`)."""
 
     corner: tuple[int, int]
     own: tuple[int, int, int, int]
@@ -110,11 +127,19 @@ class _Cut:
 
 @dataclasses.dataclass
 class _Image:
-    """An image on its way: its size, and its cuts."""
+    """An image on its way."""
 
     name: str
+    path: Path
     size: tuple[int, int]
+    about: list[Any]  # of the file when it was read, see `_state`
     cuts: list[_Cut]
+
+
+def _state(path: Path) -> list[Any]:
+    """What tells a file from another, or from what it was before."""
+    found = path.stat()
+    return [str(path), found.st_size, found.st_mtime_ns]
 
 
 class Segmenter:
@@ -126,85 +151,113 @@ class Segmenter:
       kinds: of `KINDS`, what to write beside the classes.
 
     Raises:
-      UserError: the folder is another run's; or evidence is wanted of a black box.
+      UserError: the folder is another network's or cannot be written; or evidence is wanted of a
+        black box.
     """
 
     def __init__(self, model: Model, out: Path, kinds: Sequence[str] = ()):
         if "evidence" in kinds:
             model.require_prototypes()
-        self._model, self._out, self._kinds = model, out, ("labels", *kinds)
-        self._post_hoc = models.kind(model.experiment.config.model) == "direction"
-        experiment = model.experiment
-        self._batch = experiment.eval_batch_size
-        self._step = _step(model, with_evidence="evidence" in kinds)
-        self._claim()
+        self._model, self._out, self._kinds = model, out.resolve(), ("labels", *kinds)
+        post_hoc = models.kind(model.experiment.config.model) == "direction"
+        self._step = _step(model.inference, "evidence" in kinds, post_hoc)
+        self._indices = np.array([p.index for p in model.checkpoint.prototypes], np.uint16)
+        self._record = self._claim()
 
-    def _claim(self) -> None:
-        about = {
-            "run": str(self._model.workdir.path),
-            "phase": self._model.phase,
-            "prototypes": [p.index for p in self._model.prototypes],
-        }
-        record = self._out / "segment.json"
+    def _claim(self) -> dict[str, tuple[list[Any], set[str]]]:
+        """What is done already, by NAME: the file's state, and the kinds that were written."""
+        model = self._model
+        stored = read_json(model.workdir.checkpoints.path / f"{model.phase}.json", {})
+        about = {"phase": model.phase, "checkpoint": stored.get("sha256")}
+        done: dict[str, tuple[list[Any], set[str]]] = {}
         try:
-            known = read_json(record)
-            if known not in (None, about):
+            known = read_json(self._out / _ABOUT)
+            if known is not None and {key: known.get(key) for key in about} != about:
                 raise UserError(
-                    f"{self._out} holds what {known.get('run')} after its phase "
-                    f"{known.get('phase')} said; name another --out"
+                    f"{self._out} holds what another network said, of {known.get('run')} after its "
+                    f"phase {known.get('phase')}; name another --out"
                 )
-            write_json(record, about)
-        except (OSError, ValueError, AttributeError) as error:
+            write_json(self._out / _ABOUT, {"run": str(model.workdir.path), **about})
+            with contextlib.suppress(FileNotFoundError):
+                for line in (self._out / _DONE).read_text().splitlines():
+                    with contextlib.suppress(ValueError):  # cut short when it was killed
+                        name, state, kinds = json.loads(line)
+                        before = done[name][1] if done.get(name, (None,))[0] == state else set()
+                        done[name] = state, before | set(kinds)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             if full_disk(error):
                 raise
             raise UserError(
                 f"{self._out} cannot be used ({reason(error)}); name another --out"
             ) from error
+        return done
 
     def run(self, found: dict[str, Path]) -> None:
-        """Segment images by their names, those that are not done yet.
+        """Segment images by their names (`find`), those that are not done yet.
 
         Raises:
-          UserError: some images could not be segmented; all others are.
+          UserError: some images could not be segmented (all others are), or what was named is
+            another image of a name that is done.
         """
-        left = {name: path for name, path in found.items() if not self._done(name, path)}
+        for name, path in found.items():
+            before = self._record.get(name, ([str(path)],))[0][0]
+            if before != str(path):
+                raise UserError(
+                    f"{self._target(name, 'labels')} is of {before}, not of {path}; name another "
+                    "--out"
+                )
+        left = {name: path for name, path in found.items() if not self._is_done(name, path)}
         if len(left) < len(found):
             say(f"{len(found) - len(left)} of {len(found)} images are done already")
-        failed: dict[str, str] = {}
+        failed: dict[Path, str] = {}
         readers, writers = (
             concurrent.futures.ThreadPoolExecutor(_THREADS, f"segment-{what}")
             for what in ("reads", "writes")
         )
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        pending: collections.deque[tuple[_Image, concurrent.futures.Future]] = collections.deque()
+
+        def settle() -> None:
+            image, future = pending.popleft()
+            try:
+                future.result()
+            except UserError as error:
+                failed[image.path] = str(error)
+            else:
+                line = json.dumps([image.name, image.about, list(self._kinds)])
+                print(line, file=done, flush=True)
+            progress.update(1)
+
         try:
-            with Progress("segmenting", len(found), len(found) - len(left), "image") as progress:
-                reading = self._read_ahead(left, readers, failed, progress)
-                for image in self._seen(reading):
-                    pending.append(writers.submit(self._write, image, left[image.name]))
+            with (
+                Interrupts(),
+                open(self._out / _DONE, "a") as done,
+                Progress("segmenting", len(found), len(found) - len(left), "image") as progress,
+            ):
+                for image in self._seen(self._read_ahead(left, readers, failed, progress)):
+                    pending.append((image, writers.submit(self._write, image)))
                     while len(pending) > 2 * _THREADS:
-                        pending.popleft().result()
-                    progress.update(1)
-                for future in pending:
-                    future.result()
+                        settle()
+                while pending:
+                    settle()
         finally:
             for pool in (readers, writers):
                 pool.shutdown(wait=True, cancel_futures=True)
+            for path, text in failed.items():
+                say(f"failed: {path}: {text}")
         if failed:
-            for text in failed.values():
-                say(f"failed: {text}")
+            some = ", ".join(map(str, list(failed)[:5]))
             raise UserError(
-                f"{len(failed)} of {len(found)} images could not be segmented: "
-                f"{', '.join(list(failed)[:5])}{', …' if len(failed) > 5 else ''}; what is wrong "
-                "with each stands above"
+                f"{len(failed)} of {len(found)} images could not be segmented: {some}"
+                f"{', …' if len(failed) > 5 else ''}; what is wrong with each stands above"
             )
 
-    def _done(self, name: str, path: Path) -> bool:
-        """Whether all files of an image are there, and younger than it."""
-        try:
-            changed = path.stat().st_mtime
-            return all(self._target(name, kind).stat().st_mtime >= changed for kind in self._kinds)
-        except OSError:
-            return False
+    def _is_done(self, name: str, path: Path) -> bool:
+        """Whether all files of an image as it is now are there."""
+        state, kinds = self._record.get(name, (None, set()))
+        with contextlib.suppress(OSError):
+            there = all(self._target(name, kind).exists() for kind in self._kinds)
+            return set(self._kinds) <= kinds and state == _state(path) and there
+        return False
 
     def _target(self, name: str, kind: str) -> Path:
         return self._out / f"{name}{_ENDINGS[kind]}"
@@ -213,36 +266,47 @@ class Segmenter:
         self,
         left: dict[str, Path],
         readers: concurrent.futures.Executor,
-        failed: dict[str, str],
+        failed: dict[Path, str],
         progress: Progress,
     ) -> Iterator[_Image]:
         """The images in order, some of them read beforehand; those that fail are left out."""
-        waiting: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
+        experiment = self._model.experiment
+        in_tiles = experiment.config.eval_overlap is not None  # an image is then many cuts
+        ahead = _THREADS if in_tiles else 2 * experiment.eval_batch_size
+        waiting: collections.deque[tuple[Path, concurrent.futures.Future]] = collections.deque()
         names = iter(left.items())
         while True:
-            for name, path in itertools.islice(names, 2 * self._batch - len(waiting)):
-                waiting.append((name, readers.submit(self._read, name, path)))
+            for name, path in itertools.islice(names, ahead - len(waiting)):
+                waiting.append((path, readers.submit(self._read, name, path)))
             if not waiting:
                 return
-            name, future = waiting.popleft()
+            path, future = waiting.popleft()
             try:
-                yield future.result()
+                image = future.result()
             except UserError as error:
-                failed[str(left[name])] = str(error)
+                failed[path] = str(error)
                 progress.update(1)
+            else:
+                yield image
 
     def _read(self, name: str, path: Path) -> _Image:
-        image = images.read(path, self._model.experiment.config.data.white)
-        inference = self._model.inference
-        overlap, cuts = self._model.experiment.config.eval_overlap, []
-        for corner, own, pixels in tiles.cuts(image, inference.eval_size, overlap):
-            cuts.append(_Cut(corner, own, pixels.shape[:2], inference.prepare(pixels)))
-        return _Image(name, image.shape[:2], cuts)
+        config, inference = self._model.experiment.config, self._model.inference
+        try:
+            about = _state(path)
+        except OSError as error:
+            raise UserError(f"it cannot be read ({reason(error)})") from error
+        pixels = images.read(path, config.data.white)
+        cuts = [
+            _Cut(corner, own, cut.shape[:2], inference.prepare(cut))
+            for corner, own, cut in tiles.cuts(pixels, inference.eval_size, config.eval_overlap)
+        ]
+        return _Image(name, path, pixels.shape[:2], about, cuts)
 
     def _seen(self, reading: Iterator[_Image]) -> Iterator[_Image]:
         """The images once the network has said all of them, in order."""
         begun: collections.deque[_Image] = collections.deque()
         queue: collections.deque[list[_Cut]] = collections.deque()
+        size = self._model.experiment.eval_batch_size
 
         def cuts() -> Iterator[_Cut]:
             for image in reading:
@@ -251,19 +315,18 @@ class Segmenter:
 
         def batches() -> Iterator[dict[str, np.ndarray]]:
             flat = cuts()
-            while rows := list(itertools.islice(flat, self._batch)):
+            while rows := list(itertools.islice(flat, size)):
                 queue.append(rows)
-                pixels = np.stack([cut.pixels for cut in rows])
-                filling = np.zeros((self._batch - len(rows), *pixels.shape[1:]), np.uint8)
-                for cut in rows:
-                    cut.pixels = None
-                yield {"image": np.concatenate([pixels, filling])}
+                pixels = np.zeros((size, *rows[0].pixels.shape), np.uint8)
+                for n, cut in enumerate(rows):
+                    pixels[n], cut.pixels = cut.pixels, None
+                yield {"image": pixels}
 
         outputs = self._model.experiment.pool.outputs(
             self._step, self._model.checkpoint.variables, batches()
         )
         for _, said in outputs:
-            said = {k: np.asarray(x).reshape(-1, *x.shape[2:]) for k, x in said.items()}
+            said = {key: np.asarray(x).reshape(-1, *x.shape[2:]) for key, x in said.items()}
             for n, cut in enumerate(queue.popleft()):
                 cut.said = {key: x[n] for key, x in said.items()}
             while begun and all(cut.said is not None for cut in begun[0].cuts):
@@ -271,61 +334,50 @@ class Segmenter:
 
     # -- writing -------------------------------------------------------------------------------
 
-    def _write(self, image: _Image, path: Path) -> None:
-        """All files of an image, its classes last: they say that it is done."""
-        count = len(self._model.classes)
-        labels = np.zeros(image.size, np.uint8)
+    def _write(self, image: _Image) -> None:
+        """All files of an image."""
         probabilities = None
         if "probabilities" in self._kinds:
-            probabilities = np.zeros((*image.size, count), np.float16)
-        for cut in image.cuts:
-            (y, x), (top, left, bottom, right) = cut.corner, cut.own
-            inner = slice(left - x, right - x)
-            for rows, found, shares in strips(
-                cut.said["logits"], cut.size, shares=probabilities is not None
-            ):
-                first, last = max(top, y + rows.start), min(bottom, y + rows.stop)
-                if first < last:
-                    here = slice(first - y - rows.start, last - y - rows.start), inner
-                    labels[first:last, left:right] = found[here]
-                    if probabilities is not None:
-                        probabilities[first:last, left:right] = shares[here]
+            probabilities = np.zeros((*image.size, len(self._model.classes)), np.float16)
+        pieces = ((cut.corner, cut.own, cut.size, cut.said["logits"]) for cut in image.cuts)
+        labels = assemble(image.size, pieces, probabilities)
         if probabilities is not None:
-            self._save(image.name, "probabilities", probabilities=probabilities)
+            self._save(image.name, "probabilities", {"probabilities": probabilities})
         if "evidence" in self._kinds:
-            self._save(image.name, "evidence", **self._evidence(image))
+            self._save(image.name, "evidence", self._evidence(image))
         if "overlay" in self._kinds:
-            self._put(image.name, "overlay", self._overlay(path, labels))
+            self._put(image.name, "overlay", self._overlay(image.path, labels))
         png = images.palette_png(labels, self._model.classes.colours)
         self._put(image.name, "labels", png)
 
-    def _evidence(self, image: _Image) -> dict[str, Any]:
-        indices = np.array([p.index for p in self._model.prototypes], np.uint16)
-        said = [{k: x for k, x in cut.said.items()} for cut in image.cuts]
-        for found in said:
-            found["prototype"] = indices[found["prototype"]]
-        stacked = {key: np.stack([found[key] for found in said]) for key in said[0]}
+    def _evidence(self, image: _Image) -> dict[str, np.ndarray]:
+        found = []
+        for cut in image.cuts:
+            said = {**cut.said, "prototype": self._indices[cut.said["prototype"]]}
+            places = {key: np.array(getattr(cut, key)) for key in ("corner", "size", "own")}
+            found.append({**said, **places})
         if self._model.experiment.config.eval_overlap is None:
-            stacked = {key: x[0] for key, x in stacked.items()}
-        return {
-            **stacked,
-            "kernel": self._model.kernel,
-            "prototypes": indices,
-            "corner": np.array([cut.corner for cut in image.cuts]),
-            "size": np.array([cut.size for cut in image.cuts]),
-        }
+            (stacked,) = found
+        else:
+            stacked = {key: np.stack([one[key] for one in found]) for key in found[0]}
+        return {**stacked, "kernel": self._model.kernel, "prototypes": self._indices}
 
     def _overlay(self, path: Path, labels: UInt8[np.ndarray, "H W"]) -> bytes:
         picture = images.read(path, self._model.experiment.config.data.white)
+        if picture.shape[:2] != labels.shape:
+            raise UserError("it changed while it was segmented; start the same command again")
         mixed = cv2.addWeighted(picture, 0.5, self._model.classes.paint(labels), 0.5, 0)
-        return images.encode(mixed, ".jpg", 90)
+        try:
+            return images.encode(mixed, ".jpg", 90)
+        except (ValueError, cv2.error) as error:
+            raise UserError(f"no overlay can be made of it ({reason(error)})") from error
 
-    def _save(self, name: str, kind: str, **arrays: np.ndarray) -> None:
+    def _save(self, name: str, kind: str, arrays: dict[str, np.ndarray]) -> None:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
-        self._put(name, kind, buffer.getvalue())
+        self._put(name, kind, buffer.getbuffer())
 
-    def _put(self, name: str, kind: str, content: bytes) -> None:
+    def _put(self, name: str, kind: str, content: bytes | memoryview) -> None:
         path = self._target(name, kind)
         try:
             write_atomically(path, content)
@@ -335,12 +387,14 @@ class Segmenter:
             raise UserError(f"{path} cannot be written ({reason(error)})") from error
 
 
-def _step(model: Model, *, with_evidence: bool):
-    """step(variables, batch) → what is kept of each image, to be mapped over the devices."""
-    inference = model.inference
-    post_hoc = models.kind(model.experiment.config.model) == "direction"
+@functools.lru_cache(maxsize=4)
+def _step(inference: Inference, with_evidence: bool, post_hoc: bool):
+    """step(variables, batch) → what is kept of each image, to be mapped over the devices.
 
-    def step(variables, batch):
+    The same arguments give the same function, so that it is compiled once.
+    """
+
+    def step(variables: Any, batch: dict[str, Any]) -> dict[str, Float[Any, "b h w *k"]]:
         output = inference(variables, batch["image"])
         if not with_evidence:
             return {"logits": output.logits}
@@ -349,47 +403,6 @@ def _step(model: Model, *, with_evidence: bool):
         return {key: getattr(found, key) for key in kept}
 
     return step
-
-
-def strips(
-    logits: Float[np.ndarray, "h w c"], size: tuple[int, int], *, shares: bool = False
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
-    """(rows, their classes [n W], with `shares` their probabilities [n W c]) of a map brought to a
-    (height, width), as `segmentation.predict` has them, some rows at a time.
-
-    Args:
-      logits: at the feature map's resolution.
-      size: of the image.
-      shares: whether probabilities are wanted.
-    """
-    height, width = size
-    across = _canvas(width)
-    rows = max(_STRIP // (across * logits.shape[-1]) // _STEP, 1) * _STEP
-    rows = min(rows, _canvas(height))
-    for top in range(0, height, rows):
-        found, p = _strip(logits, np.array(size), top, (rows, across), shares)
-        here = slice(top, min(top + rows, height))
-        count = here.stop - top
-        yield (
-            here,
-            np.asarray(found)[:count, :width],
-            np.asarray(p)[:count, :width] if shares else None,
-        )
-
-
-def _canvas(length: int) -> int:
-    """A length that holds another: a multiple of 64, of 128 from 512 on, of 256 from 1024 on …"""
-    step = max(_STEP, 1 << max(length.bit_length() - 3, 0))
-    return -(-length // step) * step
-
-
-def _strip_of(logits, size, top, canvas, shares):
-    full = segmentation.upsample(logits[None], size[None], canvas, top)[0]
-    p = jax.nn.softmax(full).astype(jnp.float16) if shares else None
-    return full.argmax(-1).astype(jnp.uint8), p
-
-
-_strip = jax.jit(_strip_of, static_argnums=(3, 4))
 
 
 def segment(

@@ -3,7 +3,7 @@
 ```
 config.json · manifest.json · classes.json · split.json · metrics.jsonl · tensorboard/ ·
 checkpoints/ · prototypes.json · prototypes/ · summary.json · eval/ · explain/ · figures/ ·
-removed.json · blackbox/ (a run, of `pretrained.blackbox`)
+removed.json · segmented/ · blackbox/ (a run, of `pretrained.blackbox`)
 ```
 """
 

@@ -86,6 +86,17 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
                 f"no pixel of class {', '.join(map(repr, absent))} in split {split!r} of "
                 f"data set {experiment.data.name!r}, {why}"
             )
+    if new and config.pretrained.blackbox:
+        if not experiment.trains_prototypes and not experiment.black_box:
+            raise UserError(
+                "pretrained.blackbox trains a black box to start a ProtoSeg from; "
+                "model.head='directions' explains a trained one: set --config.pretrained.blackbox=0"
+            )
+        if experiment.trains_prototypes:
+            try:
+                return starts.initial(Experiment(_black_box_config(config), experiment.pool))
+            except UserError as error:
+                raise UserError(f"of the black box of pretrained.blackbox: {error}") from error
     return starts.initial(experiment) if new else None
 
 
@@ -169,15 +180,22 @@ def go(live: Live, first: Checkpoint | None = None) -> None:
 def _black_box(live: Live) -> Checkpoint:
     """Where a run with `pretrained.blackbox` starts: its network trained without prototypes first,
     as a run of its own in a folder of this one's."""
-    config = live.experiment.config.copy_and_resolve_references()
+    config, folder = _black_box_config(live.experiment.config), live.workdir.path / "blackbox"
+    if any(entry["phase"] == "joint" for entry in Workdir(folder).summary()):
+        say(f"the black box in {folder} is trained")
+    else:
+        say(f"training a black box first, in {folder}")
+        train(config, str(folder))
+    return starts.with_run(live.experiment, str(folder))
+
+
+def _black_box_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
     config.model.head = "linear"
     for name in config.phases:
         config.phases[name].steps = 0
     config.phases.joint.steps, config.pretrained.blackbox = config.pretrained.blackbox, 0
-    folder = str(live.workdir.path / "blackbox")
-    say(f"training a black box first, in {folder}")
-    train(config, folder)
-    return starts.with_run(live.experiment, folder)
+    return config
 
 
 def run_phase(live: Live, phase: Phase, start: Checkpoint) -> Checkpoint:

@@ -1,17 +1,18 @@
 """Images into files: the same classes as eval.py's, whatever fails, stops or is large."""
 
-import dataclasses
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from protoseg_jax import images
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import predictions, segmentation
+from protoseg_jax.evaluation.segmentation import strips
 from protoseg_jax.explain import segment
 from protoseg_jax.explain.model import Model
-from protoseg_jax.explain.segment import Segmenter, find, strips
+from protoseg_jax.explain.segment import Segmenter, find
 from tests.small import experiment
 
 
@@ -36,13 +37,25 @@ def test_what_files_folders_and_patterns_name(tmp_path, monkeypatch):
     assert names("a.png", "b/c.JPG") == ["a", "c"]
     assert names("b/**/*.tif") == ["d/e"]
     assert names("*/c.*") == ["b/c"]
+    assert names("*") == ["a", "b/c", "b/d/e"]  # folders that a pattern hits, too
+    assert names(".cache/f.png") == ["f"]  # hidden, but named
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    assert names(".") == names("./b/..") == ["a", "b/c", "b/d/e"]
+    for nothing in ("", "out", "link/g.png", "x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="no image at"):
+            names(nothing)
+    write(tmp_path / "other" / "h.png")
+    assert "other/h" in names(".")
+    (tmp_path / "other" / "segment.json").write_text("{}")  # which images were segmented into
+    assert "other/h" not in names(".")
     assert names("a.png", "./a.png", "a.*") == ["a"]  # one file, named thrice
     write(tmp_path / "odd[1].png")
     assert names("odd[1].png") == ["odd[1]"]  # a file is no pattern
-    with pytest.raises(UserError, match=r"no image at nothing/\*\.png; name files, folders"):
+    with pytest.raises(UserError, match=r"no image at 'nothing/\*\.png'; name files"):
         names("nothing/*.png")
     write(tmp_path / "a.bmp")
-    with pytest.raises(UserError, match=r"a\.bmp and a\.png would both be written to a\.png"):
+    with pytest.raises(UserError, match=r"a\.bmp and .*a\.png would both be written to a\.png"):
         names(".")
 
 
@@ -84,6 +97,11 @@ def test_classes_are_those_of_eval(small_run, folder, tmp_path):
     np.testing.assert_array_equal(found["prototype"], found["prototypes"][winners.argmax(-1)])
     assert found["prototypes"].tolist() == [p.index for p in small_run.prototypes]
     assert found["novelty"].shape == found["prototype"].shape
+    assert [found[k].tolist() for k in ("corner", "size", "own")] == [
+        [0, 0],
+        [40, 56],
+        [0, 0, 40, 56],
+    ]
     with Image.open(tmp_path / "out" / "im3.overlay.jpg") as overlay:
         with Image.open(folder / "im3.png") as image:
             mixed = (np.array(image).astype(float) + small_run.classes.paint(labels)) / 2
@@ -110,7 +128,7 @@ def test_one_that_fails_stops_no_other_and_what_is_done_stays(small_run, folder,
 
     (own / "0" / "2.png").write_bytes((folder / "im2.png").read_bytes())
     (own / "empty.jpg").unlink()
-    os.utime(own / "1" / "5.png", ns=(2**62, 2**62))  # changed since
+    os.utime(own / "1" / "5.png", ns=(2**50, 2**50))  # replaced by an older one
     segment.segment(path, [str(own)], str(out))
     assert "5 of 7 images are done already" in capsys.readouterr().err
     again = {p for p, when in done.items() if p.stat().st_mtime_ns != when}
@@ -121,25 +139,80 @@ def test_one_that_fails_stops_no_other_and_what_is_done_stays(small_run, folder,
 
     segment.segment(path, [str(own)], str(out), ["overlay"])  # of which nothing is there yet
     assert len(list(out.rglob("*.overlay.jpg"))) == 7
-    other = dataclasses.replace(small_run, phase="joint")
-    with pytest.raises(UserError, match="holds what .* after its phase projection said; name ano"):
+    other = Model.load(path, "joint")
+    with pytest.raises(UserError, match="holds what another network said, of .*; name another"):
         Segmenter(other, out)
+    write(tmp_path / "later" / "0" / "0.png")  # another trip's image of the same name
+    with pytest.raises(UserError, match=r"0/0.png is of .*own/0/0.png, not of .*later/0/0.png"):
+        segment.segment(path, [str(tmp_path / "later")], str(out))
     (own / "0" / "0.png").unlink()
     with pytest.raises(UserError, match=r"no image at .*0\.png"):
         segment.segment(path, [str(own / "0" / "0.png")], str(out))
 
 
-def test_a_run_that_works_in_tiles(small_run, folder, tmp_path):
+def test_what_cannot_be_written(small_run, folder, tmp_path, monkeypatch, capsys):
+    """One image's file; the folder; what changed between two looks at it."""
+    path, own, out = str(small_run.workdir.path), tmp_path / "own", tmp_path / "out"
+    for n in range(3):
+        write(own / f"{n}.png", (40, 50))
+    (out / "1.png").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"1 of 3 images could not be segmented: .*own/1\.png"):
+        segment.segment(path, [str(own)], str(out))
+    assert (out / "0.png").is_file() and (out / "2.png").is_file()
+    assert "out/1.png cannot be written" in capsys.readouterr().err
+
+    real = segment.assemble
+
+    def slowly(*arguments):
+        write(own / "2.png", (20, 20))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="1 of 1 images"):
+        patch.setattr(segment, "assemble", slowly)
+        segment.segment(path, [str(own / "2.png")], str(tmp_path / "again"), ["overlay"])
+    assert "it changed while it was segmented" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be used"):
+        segment.segment(path, [str(own)], str(tmp_path / "file"))
+
+
+def test_images_that_are_none(tmp_path):
+    """A stack's pages, a broken file with transparency: a line each."""
+    pages = [Image.fromarray(np.zeros((5, 5), np.uint8))] * 3
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(UserError, match="stack.tif is a stack of 3 pages; save the one that is"):
+        images.read(tmp_path / "stack.tif")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (50, 50, 4), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "broken.png")
+    data = (tmp_path / "broken.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(data[:60] + bytes(len(data) - 60))
+    with pytest.raises(UserError, match="broken.png"):
+        images.read(tmp_path / "broken.png")
+
+
+def test_a_run_that_works_in_tiles(small_run, folder, tmp_path, monkeypatch):
     """As the model by itself does, and an image smaller than a tile is told."""
+    monkeypatch.setattr(segmentation, "_STRIP", 64 * 64)  # several strips a tile
+    monkeypatch.setattr(segmentation, "_STEP", 8)
     config = small_run.experiment.config.copy_and_resolve_references()
     config.eval_size, config.eval_overlap = (33, 33), 8
     tiled = Model(small_run.workdir, experiment(config), "projection", small_run.checkpoint)
-    Segmenter(tiled, tmp_path / "out", ["evidence"]).run(find([str(folder)], tmp_path / "out"))
+    kinds = ["evidence", "probabilities"]
+    Segmenter(tiled, tmp_path / "out", kinds).run(find([str(folder)], tmp_path / "out"))
     for n in range(3):
         got = labels_of(tmp_path / "out" / f"im{n}.png")
-        np.testing.assert_array_equal(got, tiled.segment(folder / f"im{n}.png").labels)
+        expected = tiled.segment(folder / f"im{n}.png")
+        np.testing.assert_array_equal(got, expected.labels)
+        p = np.load(tmp_path / "out" / f"im{n}.probabilities.npz")["probabilities"]
+        np.testing.assert_allclose(p, expected.probabilities, atol=1e-3)
     found = np.load(tmp_path / "out" / "im0.evidence.npz")
-    assert len(found["similarities"]) == len(found["corner"]) == len(found["size"]) > 1
+    count = len(found["similarities"])
+    assert [found[key].shape for key in ("corner", "size", "own")] == [
+        (count, n) for n in (2, 2, 4)
+    ]
+    areas = (found["own"][:, 2:] - found["own"][:, :2]).prod(1)
+    assert count > 1 and areas.sum() == np.prod(small_run.segment(folder / "im0.png").labels.shape)
     write(tmp_path / "small.png", (20, 90))
     with pytest.raises(UserError, match="1 of 1 images"):
         Segmenter(tiled, tmp_path / "out").run({"small": tmp_path / "small.png"})
@@ -147,7 +220,7 @@ def test_a_run_that_works_in_tiles(small_run, folder, tmp_path):
 
 def test_strips_are_the_whole(monkeypatch):
     """Rows at a time, whatever does not divide."""
-    monkeypatch.setattr(segment, "_STRIP", 64 * 192 * 3)
+    monkeypatch.setattr(segmentation, "_STRIP", 64 * 192 * 3)
     logits = np.random.default_rng(0).normal(size=(9, 7, 3)).astype(np.float32)
     size = (200, 150)
     whole = segmentation.predict(logits[None], np.array([size]), (256, 192))[0]

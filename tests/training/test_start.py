@@ -152,6 +152,23 @@ def test_a_run_starts_from_a_prototype_run(finished, tmp_path):
     assert len(got.prototypes) == 5 * finished.experiment.num_classes
 
 
+def test_a_black_box_that_cannot_come_first(finished, tmp_path):
+    """Told before the folder is claimed."""
+    config = finished.experiment.config.copy_and_resolve_references()
+    config.batch_size, config.pretrained.blackbox = 8, 2
+    config.phases.joint.learning_rates = {"prototypes": 1e-3}
+    for changes, words in (
+        ({"pretrained.blackbox": -1}, "pretrained.blackbox=-1 must not be negative"),
+        ({}, "of the black box of pretrained.blackbox: phases.joint trains nothing"),
+        ({"model.head": "directions"}, "backbone|to start a ProtoSeg from"),
+    ):
+        one = config.copy_and_resolve_references()
+        one.update_from_flattened_dict(changes)
+        with pytest.raises(UserError, match=words):
+            runs.train(one, str(tmp_path / "work"))
+        assert not (tmp_path / "work" / "config.json").exists()
+
+
 @pytest.mark.slow
 def test_a_black_box_may_come_first(finished, tmp_path, monkeypatch, capsys):
     """Stopped between the two and started again, a run ends as of two commands."""
@@ -177,7 +194,8 @@ def test_a_black_box_may_come_first(finished, tmp_path, monkeypatch, capsys):
     assert folder.holds_run and not folder.summary()
     capsys.readouterr()
     runs.train(config, str(folder.path))
-    assert "this run is finished" in capsys.readouterr().err  # the black box, not trained again
+    told = capsys.readouterr().err
+    assert "blackbox is trained" in told and "training a black box" not in told
     got, expected = (
         run.checkpoints.restore("projection") for run in (folder, Workdir(tmp_path / "second"))
     )
