@@ -12,6 +12,7 @@ map could know at best, or nearly.
 
 import argparse
 import pathlib
+import re
 import shlex
 
 import jax
@@ -30,7 +31,8 @@ _ROUNDS = 40
 
 
 def maps(run: Finished, image: np.ndarray) -> dict[str, Float[np.ndarray, "h w c"]]:
-    """What each block of the backbone, and the decoder behind it (z), say of an image."""
+    """What each block of the backbone, and the decoder behind it (z), say of an image at the
+    evaluation size."""
     inference = run.inference
 
     def of_backbone(module, _):
@@ -38,7 +40,7 @@ def maps(run: Finished, image: np.ndarray) -> dict[str, Float[np.ndarray, "h w c
 
     output, state = inference.model.apply(
         run.checkpoint.variables,
-        inference.preprocessing.normalise(inference.prepare(image)[None]),
+        inference.preprocessing.normalise(image[None]),
         capture_intermediates=of_backbone,
         mutable=["intermediates"],
     )
@@ -69,7 +71,7 @@ def rows(folder: str, split: str, clusters: int) -> dict[str, np.ndarray]:
     shapes = {}
     for n in range(len(source)):
         example = source[n]
-        for name, x in look(example["image"]).items():
+        for name, x in look(run.inference.prepare(example["image"])).items():
             x = np.asarray(x)
             shapes[name] = x.shape
             label, part = (resize_labels(example[key], x.shape[:2]) for key in ("label", "parts"))
@@ -85,7 +87,11 @@ def rows(folder: str, split: str, clusters: int) -> dict[str, np.ndarray]:
             found.append(score(x[kept].astype(np.float64), part[kept], clusters))
         height, _, channels = shapes[name]
         result[name] = np.array([channels, height, *np.mean(found, 0)])
-    return result
+
+    def place(name: str) -> tuple:  # in the network: by fineness, then by the block's number
+        return name == "z", -shapes[name][0], [int(n) for n in re.findall(r"\d+", name)]
+
+    return {name: result[name] for name in sorted(result, key=place)}
 
 
 def main() -> None:

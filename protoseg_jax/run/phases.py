@@ -55,8 +55,8 @@ def from_config(config: ml_collections.ConfigDict) -> list[Phase]:
     With `model.head = 'linear'` (the black-box twin) there is nothing to project, prune or
     fine-tune: those phases do not exist and the fine-tunings' steps are added to `joint`, so that
     both have the same budget, and so are those of a warm-up that trains nothing of the twin and of
-    `pretrained.blackbox`; the twin trains where its ASPP trains, a last layer of its own (`models.twin_has_head`) at the rate of
-    what is before it.
+    `pretrained.blackbox`; the twin trains where its ASPP trains, a last layer of its own
+    (`models.twin_has_head`) at the rate of what is before it.
 
     Raises:
       UserError: an unknown phase, group or schedule, a negative number of steps, or nothing to
