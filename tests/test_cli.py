@@ -31,17 +31,36 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(program, arguments, word
     assert words in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "IMAGE … missing"),
+        (["a.png"], "no --workdir given"),
+        (["a.png", "--workdir=nothing"], "no image at 'a.png'"),
+        ([str(ROOT / "docs" / "explorer.png"), "--workdir=nothing"], "holds no run"),
+    ],
+)
+def test_what_cannot_be_segmented_is_one_line_and_exit_code_2(arguments, words, tmp_path):
+    command = [sys.executable, "-m", "protoseg_jax", "segment", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_unknown_verb_is_one_line_and_exit_code_2():
     command = [sys.executable, "-m", "protoseg_jax", "trian"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip() == (
-        "error: 'trian' is no verb of protoseg; choose one of train, eval, explain, remove, "
-        "tables, port, sheet"
+        "error: 'trian' is no verb of protoseg; choose one of train, eval, segment, explain, "
+        "remove, tables, port, sheet"
     )
 
 
-@pytest.mark.parametrize("verb", ["", "train", "eval", "explain", "remove", "tables", "port"])
+@pytest.mark.parametrize(
+    "verb", ["", "train", "eval", "segment", "explain", "remove", "tables", "port"]
+)
 def test_help_fits_a_screen_and_brings_neither_jax_nor_tfds(verb):
     """What makes it quick: the time itself depends on the machine."""
     script = (
