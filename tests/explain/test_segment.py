@@ -150,6 +150,7 @@ def test_one_that_fails_stops_no_other_and_what_is_done_stays(small_run, folder,
         segment.segment(path, [str(own / "0" / "0.png")], str(out))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written(small_run, folder, tmp_path, monkeypatch, capsys):
     """One image's file; the folder; what changed between two looks at it."""
     path, own, out = str(small_run.workdir.path), tmp_path / "own", tmp_path / "out"
@@ -191,6 +192,7 @@ def test_images_that_are_none(tmp_path):
         images.read(tmp_path / "broken.png")
 
 
+@pytest.mark.slow
 def test_a_run_that_works_in_tiles(small_run, folder, tmp_path, monkeypatch):
     """As the model by itself does, and an image smaller than a tile is told."""
     monkeypatch.setattr(segmentation, "_STRIP", 64 * 64)  # several strips a tile
