@@ -30,6 +30,9 @@ _SCORES = ("miou", "pixel_accuracy", "pixel_error", "overlap")
 def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
     """Refuse what would only show later; where a `new` run starts.
 
+    Returns:
+      None of a run that goes on, or that trains a black box first.
+
     Raises:
       UserError: the batch does not divide, a size or number is too small, a loss term or measure
         does not exist, an image is smaller than a tile, a class has nothing to learn from, or a new
@@ -87,16 +90,17 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
                 f"data set {experiment.data.name!r}, {why}"
             )
     if new and config.pretrained.blackbox:
-        if not experiment.trains_prototypes and not experiment.black_box:
+        if config.model.head == "directions":
             raise UserError(
                 "pretrained.blackbox trains a black box to start a ProtoSeg from; "
                 "model.head='directions' explains a trained one: set --config.pretrained.blackbox=0"
             )
         if experiment.trains_prototypes:
             try:
-                return starts.initial(Experiment(_black_box_config(config), experiment.pool))
+                starts.initial(Experiment(_black_box_config(config), experiment.pool))
             except UserError as error:
                 raise UserError(f"of the black box of pretrained.blackbox: {error}") from error
+            return None  # it starts from what is trained then
     return starts.initial(experiment) if new else None
 
 
@@ -152,9 +156,10 @@ def go(live: Live, first: Checkpoint | None = None) -> None:
     elif state:
         say(f"going on in phase {state.phase} after step {state.step}")
     if state is None:
-        state = first or starts.initial(experiment)
         if experiment.config.pretrained.blackbox and experiment.trains_prototypes:
             state = _black_box(live)
+        else:
+            state = first or starts.initial(experiment)
         if experiment.config.model.prototype_init == "patches" and experiment.trains_prototypes:
             state = starts.on_patches(experiment, state)
     left = [p for p in experiment.phases[at:] if p.name not in scored]
