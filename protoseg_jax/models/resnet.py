@@ -4,18 +4,23 @@ Submodules are named after torchvision's: `conv1`, `norm1`, `layer2_0.conv1`, `l
 `layer2_0.downsample_conv`, `layer2_0.downsample_norm` (its `layer2.0.conv1`, `layer2.0.bn1`,
 `layer2.0.downsample.0`, `layer2.0.downsample.1`).
 
-`port` takes state dicts of three origins:
+`port` takes state dicts of four origins:
 
 * `torchvision`: `layer1.0.conv1.weight`, `layer1.0.bn1.running_var`, … The backbone is taken, `fc`
-  is ignored.
+  is ignored. timm's ResNets of the same architecture have the same names.
+* `transformers`: `encoder.stages.0.layers.0.layer.0.convolution.weight`, …, of its `ResNetModel`;
+  the classifier is ignored. Where its `config.json` says `downsample_in_bottleneck`, the origin is
+  `transformers_1x1`.
 * `deeplab`: `layer1.conv1.conv.weight`, `layer2.block1.reduce.bn.weight`, … of the PyTorch port of
   DeepLabv2 (COCO). The backbone is taken, the classifier (`aspp`, `fc`) is ignored.
 * `protoseg`: the same below `features.base.`, with `prototype_vectors` and `last_layer.weight`, of
   the authors' code. Everything is taken but `ones`.
 """
 
+import dataclasses
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,7 +31,7 @@ from ml_collections import ConfigDict
 
 from protoseg_jax import models
 from protoseg_jax.errors import UserError
-from protoseg_jax.models import weights
+from protoseg_jax.models import names, readers, weights
 from protoseg_jax.models.deeplab import ASPP
 from protoseg_jax.models.layers import NORMS, Conv, ceil_pool, convolved, is_kernel
 
@@ -169,29 +174,93 @@ class ResNet(nn.Module):
 
 ORIGINS = {
     "torchvision": weights.Origin("3x3", "imagenet"),
+    "transformers": weights.Origin("3x3", "imagenet"),
+    "transformers_1x1": weights.Origin("1x1", "imagenet"),
     "deeplab": weights.Origin("1x1", "caffe"),
     # Trained by the released code, which feeds ImageNet's RGB whatever it started from.
     "protoseg": weights.Origin("1x1", "imagenet"),
 }
-# Names that need not be taken.
-_IGNORED = {
-    "torchvision": r"fc\.(weight|bias)",
-    "deeplab": r"(fc|aspp\.c\d)\.(weight|bias)",
-    "protoseg": "ones",
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """What the tensors of a ResNet are called elsewhere.
+
+    Attributes:
+      block: a block's prefix, by the numbers of stage and block.
+      first: those of the first block.
+      modules: (convolution, BatchNorm) by our name of the convolution; but for the stem's inside a
+        block.
+      ignored: a pattern of names that need not be taken.
+    """
+
+    block: str
+    first: tuple[int, int]
+    modules: dict[str, tuple[str, str]]
+    ignored: str
+
+
+_NAMINGS = {
+    "torchvision": Naming(
+        "layer{}.{}.",
+        (1, 0),
+        {
+            "stem": ("conv1", "bn1"),
+            "downsample_conv": ("downsample.0", "downsample.1"),
+            **{f"conv{n}": (f"conv{n}", f"bn{n}") for n in (1, 2, 3)},
+        },
+        r"fc\.(weight|bias)",
+    ),
+    "transformers": Naming(
+        "encoder.stages.{}.layers.{}.",
+        (0, 0),
+        {
+            "stem": ("embedder.embedder.convolution", "embedder.embedder.normalization"),
+            "downsample_conv": ("shortcut.convolution", "shortcut.normalization"),
+            **{
+                f"conv{n + 1}": (f"layer.{n}.convolution", f"layer.{n}.normalization")
+                for n in range(3)
+            },
+        },
+        r"classifier\.1\.(weight|bias)",
+    ),
+    "deeplab": Naming(
+        "layer{}.block{}.",
+        (2, 1),  # its layer1 is the stem; blocks count from 1
+        {
+            "stem": ("layer1.conv1.conv", "layer1.conv1.bn"),
+            "downsample_conv": ("shortcut.conv", "shortcut.bn"),
+            "conv1": ("reduce.conv", "reduce.bn"),
+            "conv2": ("conv3x3.conv", "conv3x3.bn"),
+            "conv3": ("increase.conv", "increase.bn"),
+        },
+        r"(fc|aspp\.c\d)\.(weight|bias)",
+    ),
 }
-# (Convolution, BatchNorm) by our name of the convolution; but for the stem's inside a block.
-_TORCHVISION = {
-    "stem": ("conv1", "bn1"),
-    "downsample_conv": ("downsample.0", "downsample.1"),
-    **{f"conv{n}": (f"conv{n}", f"bn{n}") for n in (1, 2, 3)},
-}
-_DEEPLAB = {
-    "stem": ("layer1.conv1.conv", "layer1.conv1.bn"),
-    "downsample_conv": ("shortcut.conv", "shortcut.bn"),
-    "conv1": ("reduce.conv", "reduce.bn"),
-    "conv2": ("conv3x3.conv", "conv3x3.bn"),
-    "conv3": ("increase.conv", "increase.bn"),
-}
+_NAMINGS["protoseg"] = dataclasses.replace(_NAMINGS["deeplab"], ignored="ones")
+
+
+def configured(origin: str, path: Path) -> str:
+    """The origin of a file's weights by the `config.json` beside it: transformers' settings, by
+    `ResNetConfig`'s names, of which the tensors show all but these.
+
+    Raises:
+      UserError: it is of a ResNet that is not supported, or no config.
+    """
+    if origin != "transformers":
+        return origin
+    config = readers.config(path)
+    supported = {"downsample_in_first_stage": (False,), "hidden_act": ("relu",)}
+    supported["downsample_in_bottleneck"] = (False, True)
+    for key, values in supported.items():
+        if config.get(key, values[0]) not in values:
+            raise UserError(
+                f"{path.with_name('config.json')} says {key}={weights.named([str(config[key])])}, "
+                "which is no ResNet that is supported; use weights of one with "
+                f"{key}={' or '.join(map(str, values))}"
+            )
+    basic = config.get("layer_type") == "basic"  # which has no bottleneck
+    return "transformers_1x1" if config.get("downsample_in_bottleneck") and not basic else origin
 
 
 def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
@@ -201,7 +270,7 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
       UserError: the names are of no known origin, or tensors are missing, unexpected or of
         another shape.
     """
-    for prefix in ("module.", "features.base.", "features.", "base."):
+    for prefix in ("features.base.", "features.", "base."):
         bare = {n.removeprefix(prefix): t for n, t in tensors.items()}
         if len(bare) < len(tensors):
             twice = next(n for n in tensors if n.startswith(prefix) and n[len(prefix) :] in tensors)
@@ -210,24 +279,27 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
                 f"weights {where} hold both {both}; leave one of the two networks in the file"
             )
         tensors = bare
-    if "layer1.0.conv1.weight" in tensors:
-        origin, names, where_block, first = "torchvision", _TORCHVISION, "layer{}.{}.", (1, 0)
-    elif "layer1.conv1.conv.weight" in tensors:  # its layer1 is the stem; blocks count from 1
-        origin, names, where_block, first = "deeplab", _DEEPLAB, "layer{}.block{}.", (2, 1)
-        if "prototype_vectors" in tensors:
-            origin = "protoseg"
-    else:
+    origin = next((o for o in _NAMINGS if names.KNOWN_BY.get(o) in tensors), None)
+    if origin is None:
         some = weights.named(tensors) or "none"
+        wanted = names.KNOWN_BY["torchvision"]
+        near = names.nearest(wanted, tensors)
+        hint = f"; nearest to torchvision's {wanted} is {weights.named([near])}" if near else ""
         raise UserError(
-            f"weights {where} are of an unknown network (its tensors: {some}); known are "
-            "torchvision's ResNets, the PyTorch DeepLabv2 port and the authors' ProtoSeg"
+            f"weights {where} are of an unknown network (its tensors: {some}{hint}); known are "
+            "the ResNets of torchvision and transformers, the PyTorch DeepLabv2 port and the "
+            "authors' ProtoSeg"
         )
-    pattern = where_block.replace(".", r"\.")
+    if origin == "deeplab" and "prototype_vectors" in tensors:
+        origin = "protoseg"
+    naming = _NAMINGS[origin]
+    pattern = naming.block.replace(".", r"\.")
     blocks = tuple(
         len({m[1] for n in tensors if (m := re.match(pattern.format(stage, r"(\d+)"), n))})
-        for stage in range(first[0], first[0] + 4)
+        for stage in range(naming.first[0], naming.first[0] + 4)
     )
-    basic = origin == "torchvision" and not any(".conv3." in name for name in tensors)
+    third = f".{naming.modules['conv3'][0]}."
+    basic = origin in ("torchvision", "transformers") and not any(third in n for n in tensors)
     depths = {counts: depth for depth, counts in (BASIC if basic else BOTTLENECK).items()}
     if blocks not in depths:
         raise UserError(
@@ -235,15 +307,15 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
             f"stages); use one of depth {', '.join(map(str, sorted(BLOCKS)))}"
         )
     depth, account, expansion = depths[blocks], weights.Account(tensors), 1 if basic else 4
-    stem = tensors.get(names["stem"][0] + ".weight")
+    conv, norm = naming.modules["stem"]
+    stem = tensors.get(f"{conv}.weight")
     is_stem = stem is not None and stem.shape[1:] == (3, 7, 7) and stem.size
     width = stem.shape[0] if is_stem else 64
-    conv, norm = names["stem"]
     params = {"conv1": {"kernel": account.kernel(f"{conv}.weight", (width, 3, 7, 7))}}
     frozen, channels = {"norm1": account.affine(norm, width)}, width
     for stage, block in ((s, b) for s in range(4) for b in range(blocks[s])):
         ours, inner = f"layer{stage + 1}_{block}", width * 2**stage
-        prefix = where_block.format(first[0] + stage, first[1] + block)
+        prefix = naming.block.format(naming.first[0] + stage, naming.first[1] + block)
         outer = expansion * inner
         project = projects(depth, stage, block)
         shapes = {"downsample_conv": (outer, channels, 1, 1)} if project else {}
@@ -254,13 +326,13 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
             shapes |= {"conv3": (outer, inner, 1, 1)}
         params[ours], frozen[ours], channels = {}, {}, outer
         for name, shape in shapes.items():
-            conv, norm = (prefix + theirs for theirs in names[name])
+            conv, norm = (prefix + theirs for theirs in naming.modules[name])
             params[ours][name] = {"kernel": account.kernel(f"{conv}.weight", shape)}
             frozen[ours][name.replace("conv", "norm")] = account.affine(norm, shape[0])
     params, frozen = {"backbone": params}, {"backbone": frozen}
     if origin == "protoseg":
         params |= _protoseg(account, 32 * width)
-    account.settle(where, f"{origin} ResNet-{depth}", _IGNORED[origin])
+    account.settle(where, f"{origin} ResNet-{depth}", naming.ignored)
     classes = None
     if origin == "protoseg":
         classes = weights.prototype_classes(params["head"]["kernel"], where)

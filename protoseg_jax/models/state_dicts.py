@@ -23,10 +23,10 @@ _MAGIC_NUMBER, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the form before
 
 
 def load(path: Path) -> Any:
-    """What `torch.save` wrote: plain values, lists, tuples and dicts of `torch_tensors.Tensor`s.
+    """What `torch.save` wrote: plain values, lists, tuples and dicts of `torch_tensors.Tensor`s;
+    `pickles.Inert` stands for every object of another kind.
 
     Raises:
-      pickles.Foreign: it holds an object of another kind.
       ValueError: it is broken, or no such file; or an error of `zipfile`.
     """
     data = path.read_bytes()
@@ -77,7 +77,7 @@ def _load_pickles(data: bytes) -> Any:
 def _load_content(stream: io.BytesIO, storages: dict[str, torch_tensors.Storage]) -> Any:
     """The object, and in `storages` those it names."""
     find = functools.partial(torch_tensors.storage, storages)
-    return pickles.load(stream, torch_tensors.GLOBALS, find)
+    return pickles.load(stream, torch_tensors.GLOBALS, find, inert=True)
 
 
 def _members(data: bytes) -> dict[str, memoryview]:

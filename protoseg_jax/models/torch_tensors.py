@@ -26,6 +26,9 @@ _STORAGES = {
     **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16"},
     **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"},
     **{"Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128"},
+    # Quantised; what is made of them is not known, only how long they are.
+    **{"QInt8": "int8", "QUInt8": "uint8", "QInt32": "int32"},
+    **{"QUInt4x2": "uint8", "QUInt2x4": "uint8"},
 }
 
 

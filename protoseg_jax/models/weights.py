@@ -1,9 +1,9 @@
 """Weights from files: tensors by name, every one accounted for, to our parameters.
 
-Files: PyTorch's `.pth`/`.pt` (`state_dicts` reads them, executing nothing), `.safetensors`, and our
-own `.npz`. A network's module says what its tensors are called elsewhere and puts them in our
-names: `port(tensors, where)` → `Ported`, by way of an `Account`; `ORIGINS` says what comes with the
-weights of each origin.
+`readers` reads the files, `names` finds the network in them. A network's module says what its
+tensors are called elsewhere and puts them in our names: `port(tensors, where)` → `Ported`, by way
+of an `Account`; `ORIGINS` says what comes with the weights of each origin. If a file of some origin
+may have a `config.json` beside it that says more, `configured(origin, path)` gives the origin then.
 """
 
 import dataclasses
@@ -13,27 +13,23 @@ import io
 import itertools
 import re
 import types
-import warnings
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 from jaxtyping import Float, Int
 
-from protoseg_jax.errors import UserError, reason
+from protoseg_jax.errors import UserError
 from protoseg_jax.files import write_atomically
-from protoseg_jax.models import pickles, state_dicts, torch_tensors
+from protoseg_jax.models import names, readers
 from protoseg_jax.models.prototypes import equal_blocks
+from protoseg_jax.models.readers import not_ours
 
 _CLEAR = 0.25  # by how much a prototype's largest weight must lead to tell its class
 _DEEPEST = 16  # levels of a tree of parameters, more than any network's
-_SHARED = 4  # times a file's size: all of its tensors, which may be views of the same numbers
-_NAMED, _NAME = 4, 150  # tensors named in a message, of each kind; characters of each name
 
-Tensors = dict[str, np.ndarray]
+READERS, Tensors, named = readers.READERS, readers.Tensors, names.named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +102,8 @@ class Ported:
 
 
 def load(path: str | Path, network: types.ModuleType) -> Ported:
-    """Weights for a backbone, which is given by its module, from a file or from an installed
-    package, by one of the network's `PACKAGES`.
+    """Weights for a backbone, which is given by its module, from a file or folder in one of the
+    forms of `readers`, or from an installed package, by one of the network's `PACKAGES`.
 
     Raises:
       UserError: the file is missing, is no weights file, or its tensors are not those of a known
@@ -115,24 +111,25 @@ def load(path: str | Path, network: types.ModuleType) -> Ported:
     """
     packages = getattr(network, "PACKAGES", {})
     path = packages[str(path)].find() if str(path) in packages else Path(path)
-    if not path.is_file():
-        backbone = network.__name__.rpartition(".")[2]
+    backbone, origins = network.__name__.rpartition(".")[2], getattr(network, "ORIGINS", {})
+    if not path.is_file() and not path.is_dir():
         others = f" (packages of model.backbone={backbone!r}: {', '.join(packages) or 'none'})"
         raise UserError(f"weights file {path} does not exist; set pretrained.path to one{others}")
-    if path.suffix not in READERS:
-        raise UserError(
-            f"weights file {path} is of an unknown kind; it must be one of {', '.join(READERS)}"
-        )
+    path = readers.locate(path)
+    readers.require_known(path)
     if not hasattr(network, "port"):
         raise UserError(
-            f"weights {path} are of another network: model.backbone is "
-            f"{network.__name__.rpartition('.')[2]!r}, for which none are known; leave "
-            "pretrained.path out"
+            f"weights {path} are of another network: model.backbone is {backbone!r}, for which "
+            "none are known; leave pretrained.path out"
         )
-    tensors = _read(path)
-    ours = path.suffix == ".npz"
-    found = _ours(tensors, path, network) if ours else network.port(tensors, path)
-    if found.origin not in getattr(network, "ORIGINS", {}):
+    tensors = readers.read(path)
+    if readers.is_ours(path):
+        found = _ours(tensors, path, network)
+    else:
+        found = network.port(names.within(tensors, origins, path), path)
+        if hasattr(network, "configured"):
+            found.origin = network.configured(found.origin, path)
+    if found.origin not in origins:
         raise UserError(
             f"weights {path} are of the origin {named([found.origin])}, which {network.__name__} "
             "does not know; port them again, or name it in ORIGINS there"
@@ -158,37 +155,6 @@ def save(ported: Ported, path: str | Path) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another") from error
 
 
-def _read(path: Path) -> Tensors:
-    """What a file holds, by the reader of its kind.
-
-    The libraries that read raise whatever they meet in bytes that are not theirs (a tokenizer's
-    error of NumPy, say), and some warn first: all of it is one line here.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return READERS[path.suffix](path)
-    except UserError:
-        raise
-    except Exception as error:
-        if path.suffix == ".npz":
-            raise _not_ours(path, reason(error)) from error
-        raise UserError(
-            f"weights file {path} cannot be read ({reason(error)}); it is cut short or of another "
-            "kind than its name says: fetch it again"
-        ) from error
-
-
-def _not_ours(path: Path, why: str) -> UserError:
-    return UserError(
-        f"weights file {path} is not one that `protoseg port` wrote ({why}); make it with that "
-        "again"
-    )
-
-
 def _ours(arrays: Tensors, path: Path, network: types.ModuleType) -> Ported:
     """The arrays of an `.npz` as what `save` was given.
 
@@ -198,26 +164,26 @@ def _ours(arrays: Tensors, path: Path, network: types.ModuleType) -> Ported:
     rest = dict(arrays)
     origin, depth = rest.pop("origin", None), rest.pop("depth", None)
     if origin is None or origin.shape or origin.dtype.kind != "U":
-        raise _not_ours(path, "it names no origin")
+        raise not_ours(path, "it names no origin")
     if depth is None or depth.shape or depth.dtype.kind not in "iu":
-        raise _not_ours(path, "it names no depth")
+        raise not_ours(path, "it names no depth")
     classes, head = rest.pop("prototype_classes", None), rest.get("params/head/kernel")
     for name, array in rest.items():
         collection, *inner = name.split("/")
         if collection not in ("params", "frozen") or not 2 <= len(inner) <= _DEEPEST:
-            raise _not_ours(path, f"{named([name])} is none of its names")
+            raise not_ours(path, f"{named([name])} is none of its names")
         if array.dtype != np.float32 or not np.isfinite(array).all():
-            raise _not_ours(path, f"{named([name])} is not of finite float32 numbers")
+            raise not_ours(path, f"{named([name])} is not of finite float32 numbers")
     folders = sorted(f"{name}/" for name in rest)
     for folder, following in itertools.pairwise(folders):
         if following.startswith(folder):
-            raise _not_ours(path, f"{named([folder])} is an array, too")
+            raise not_ours(path, f"{named([folder])} is an array, too")
     backbone = next(iter(network.GROUPS))
     if not any(folder.startswith(f"params/{backbone}/") for folder in folders):
-        raise _not_ours(path, f"it holds no {backbone}")
+        raise not_ours(path, f"it holds no {backbone}")
     if classes is not None or head is not None:
         if not _are_classes(classes, head):
-            raise _not_ours(path, "its prototypes' classes are not those of its last layer")
+            raise not_ours(path, "its prototypes' classes are not those of its last layer")
         classes = classes.astype(np.int64)
     trees = {"params": {}, "frozen": {}, **traverse_util.unflatten_dict(rest, sep="/")}
     return Ported(str(origin), int(depth), trees["params"], trees["frozen"], classes)
@@ -229,56 +195,6 @@ def _are_classes(classes: np.ndarray | None, w_h: np.ndarray | None) -> bool:
         return False
     inside = (classes >= 0) & (classes < w_h.shape[1])
     return classes.shape == w_h.shape[:1] and bool(inside.all())
-
-
-def _read_npz(path: Path) -> Tensors:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: np.asarray(array) for name, array in file.items()}  # bytes, if no array
-
-
-def _read_torch(path: Path) -> Tensors:
-    try:
-        state = state_dicts.load(path)
-    except pickles.Foreign as error:
-        raise UserError(
-            f"weights file {path} holds more than tensors (a whole module?): "
-            f"{named([str(error)])}, of which nothing is read or executed; where its code is, save "
-            "torch.save(model.state_dict(), 'weights.pth')"
-        ) from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, torch_tensors.Tensor)
-        for name, tensor in state.items()
-    ):
-        raise UserError(
-            f"weights file {path} holds no state dict (names → tensors); save "
-            "torch.save(model.state_dict(), 'weights.pth')"
-        )
-    size = path.stat().st_size
-    for name, tensor in state.items():  # one number may be told to be a thousand
-        if tensor.nbytes > size:
-            raise ValueError(f"{named([name])} is larger than the file")
-    if sum(tensor.nbytes for tensor in state.values()) > _SHARED * size:
-        raise ValueError("its tensors share their numbers too often")
-    return {name: tensor.array() for name, tensor in state.items()}
-
-
-# By a file's suffix: what reads it.
-READERS: dict[str, Callable[[Path], Tensors]] = {
-    ".npz": _read_npz,
-    ".safetensors": safetensors.numpy.load_file,
-    ".pth": _read_torch,
-    ".pt": _read_torch,
-}
-
-
-def named(names: Iterable[str]) -> str:
-    """The first of some names, for a message; long ones are cut."""
-    names = list(names)
-    shown = [n if len(n) <= _NAME else f"{n[:_NAME]}…" for n in names[:_NAMED]]
-    return ", ".join(shown) + ", …" * (len(names) > _NAMED)
 
 
 class Account:
@@ -348,10 +264,12 @@ class Account:
         known = re.compile(rf".*\.num_batches_tracked|{ignored}")
         left = [n for n in self.tensors if n not in self.used and not known.fullmatch(n)]
         parts = [
-            f"{len(names)} {what}: {named(names)}"
-            for what, names in {**self.wrong, "not expected": left}.items()
-            if names
+            f"{len(those)} {what}: {named(those)}"
+            for what, those in {**self.wrong, "not expected": left}.items()
+            if those
         ]
+        if near := [n for m in self.wrong["missing"][:1] if (n := names.nearest(m, left))]:
+            parts.append(f"nearest to {named(self.wrong['missing'][:1])} is {named(near)}")
         if parts:
             raise UserError(
                 f"weights {where} are not those of a {kind} ({'; '.join(parts)}); "

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from protoseg_jax.errors import UserError
-from protoseg_jax.models import pickles, resnet, state_dicts, torch_tensors, weights
+from protoseg_jax.models import pickles, readers, resnet, state_dicts, torch_tensors, weights
 from tests import mutate_weights
 from tests.models import torch_files
 from tests.models import weights as made
@@ -86,7 +86,7 @@ def test_views_of_shared_numbers(zipped, tmp_path):
 
 
 @FORMS
-@pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model", None])
+@pytest.mark.parametrize("name", [*readers.STATE_DICTS, None])
 def test_a_checkpoint(name, zipped, tmp_path):
     tensor = np.arange(3.0, dtype=np.float32)
     state_dict = {"a": tensor, "b": Parameter(tensor)}
@@ -98,6 +98,64 @@ def test_a_checkpoint(name, zipped, tmp_path):
     others |= {"milestones": Raw(counter), "size": Raw(size), "dtype": Raw(b"ctorch\nfloat32\n")}
     content = {**others, name: state_dict} if name else state_dict
     same(read(tmp_path, torch_files.written(content, zipped)), {"a": tensor, "b": tensor})
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+# What Lightning's and others' checkpoints have beside their tensors, as Python pickles it.
+BESIDE = {
+    "hyper_parameters": b"clightning\nAttributeDict\n)\x81(" + text("lr") + b"K\x01u}b",
+    "old_callbacks": b"}(clightning\nModelCheckpoint\n}" + text("a") + b"K\x01su",
+    "scalar": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n("
+    + text("f8")
+    + b"\x89\x88tR(K\x03"
+    + text("<")
+    + b"NNNtbc_codecs\nencode\n("
+    + text("x" * 8)
+    + text("latin1")
+    + b"tRtR",
+    "path": b"cpathlib\nPosixPath\n(" + text("/") + text("data") + b"tR",
+    "set": b"c__builtin__\nset\n](K\x01K\x02e\x85R",
+    "list_of_a_kind": b"comegaconf\nListConfig\n)\x81(K\x01K\x02e",
+    "class": b"ctorch.optim.adam\nAdam\n",
+    "device": b"ctorch\ndevice\n" + text("cuda") + b"\x85R",
+    "other_keys": b"}(N)\x88K\x01K\x02K\x03\x86K\x04G" + bytes(8) + b"K\x05u",
+    "quantised": b"ctorch._utils\n_rebuild_qtensor\n()tR",
+    "storage": b"(" + text("storage") + b"ctorch\nNewStorage\n" + text("9") + b"NK\x01tQ",
+}
+
+
+@FORMS
+@pytest.mark.parametrize("name", BESIDE)
+def test_other_objects_are_inert_beside_a_state_dict_and_refused_within(name, zipped, tmp_path):
+    tensors, other = {"a": np.arange(3.0, dtype=np.float32)}, Raw(BESIDE[name])
+    content = {name: other, "state_dict": tensors, "epoch": 3}
+    same(read(tmp_path, torch_files.written(content, zipped)), tensors)
+    within = {"state_dict": {**tensors, name: other}}
+    with pytest.raises(UserError, match="more than tensors|holds no state dict"):
+        read(tmp_path, torch_files.written(within, zipped))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model": {"a": SHARED}, "net": {"a": SHARED}}, r"holds 2 state dicts .model, net., but"),
+        ({"ema": {"a": SHARED}, "epoch": 3}, "no state dict by any of state_dict, .* by ema; save"),
+        ({"model": Raw(b"}q\x01" + text("model") + b"h\x01s")}, "holds no state dict"),
+        ({"model": {"lr": 1}, "state_dict": {"a": 3}}, "holds no state dict"),
+    ],
+)
+def test_which_state_dict_is_not_clear(content, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        read(tmp_path, torch_files.zip_file(content))
+
+
+def test_the_settings_of_a_model_are_no_second_state_dict(tmp_path):
+    tensors = {"a": np.zeros(3, np.float32)}
+    content = {"model": {"depth": 50}, "state_dict": tensors, "ema_state_dict": {"a": SHARED}}
+    same(read(tmp_path, torch_files.zip_file(content)), tensors)
 
 
 @FORMS
@@ -123,10 +181,17 @@ def test_nothing_is_executed(zipped, tmp_path):
     path = tmp_path / "a.pth"
     for act in mutate_weights.canaries(canary):
         opcodes = act.removeprefix(b"\x80\x02").removeprefix(b"\x80\x04")[:-1]
-        for content in (Raw(opcodes), {"a": Raw(opcodes)}, {"state_dict": {}, "x": Raw(opcodes)}):
+        inside = {"state_dict": {"a": Raw(opcodes)}, "epoch": 3}
+        for content in (Raw(opcodes), {"a": Raw(opcodes)}, inside):
             path.write_bytes(torch_files.written(content, zipped))
             with pytest.raises(UserError, match="a.pth (holds more than tensors|cannot be read)"):
                 weights.load(path, resnet)
+        beside = {"state_dict": {"a": np.zeros(3, np.float32)}, "x": Raw(opcodes)}
+        path.write_bytes(torch_files.written(beside, zipped))
+        try:
+            same(weights.READERS[".pth"](path), {"a": np.zeros(3, np.float32)})
+        except ValueError as error:  # opcodes that PyTorch's pickles have not
+            assert "its pickle" in str(error)
         path.write_bytes(act)
         with pytest.raises(UserError, match="a.pth (holds more than tensors|cannot be read)"):
             weights.load(path, resnet)
@@ -137,11 +202,12 @@ def test_nothing_is_executed(zipped, tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["os.system", "argparse.Namespace", "numpy.dtype", "torch.nn.modules.conv.Conv2d"]
-    + ["torch.QInt8Storage", "torch._utils._rebuild_sparse_tensor", "builtins.getattr"],
+    + ["torch.NewStorage", "torch._utils._rebuild_sparse_tensor", "builtins.getattr"],
 )
 def test_what_would_have_to_be_executed_is_named(name, zipped, tmp_path):
     opcodes = f"c{name.rpartition('.')[0]}\n{name.rpartition('.')[2]}\n)\x81".encode("latin1")
-    for content in (Raw(opcodes), {"args": Raw(opcodes), "state_dict": {"a": np.zeros(3)}}):
+    inside = {"epoch": 3, "state_dict": {"a": np.zeros(3), "b": Raw(opcodes)}}
+    for content in (Raw(opcodes), {"model": Raw(opcodes)}, inside):
         (tmp_path / "a.pth").write_bytes(torch_files.written(content, zipped))
         words = rf"whole module\?\): {name}, of which nothing.*torch.save.model.state_dict"
         with pytest.raises(UserError, match=words):

@@ -1,12 +1,16 @@
 """PyTorch's files, read as PyTorch reads them: what it writes, and what mutants hold."""
 
+import argparse
 import collections
+import enum
+import functools
+import pathlib
 
 import numpy as np
 import pytest
 
 from protoseg_jax.errors import UserError
-from protoseg_jax.models import resnet, torch_tensors, weights
+from protoseg_jax.models import readers, resnet, torch_tensors, weights
 from tests import mutate_weights
 from tests.models import torch_files
 from tests.models import weights as made
@@ -21,7 +25,7 @@ def theirs(path):
     """The tensors of a file by PyTorch, floating-point numbers as float32."""
     zipped = path.read_bytes()[:4] == b"PK\x03\x04"
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    for key in ("state_dict", "model_state_dict", "model"):
+    for key in readers.STATE_DICTS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     return {
@@ -88,7 +92,7 @@ def test_views_and_parameters(zipped, tmp_path):
 
 
 @FORMS
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", None])
+@pytest.mark.parametrize("key", [*readers.STATE_DICTS, None])
 def test_a_module_and_its_training(key, zipped, tmp_path):
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     optimizer = torch.optim.Adam(module.parameters(), amsgrad=True)
@@ -107,6 +111,40 @@ def test_a_module_and_its_training(key, zipped, tmp_path):
     save(module, tmp_path / "whole.pth", zipped)
     with pytest.raises(UserError, match="whole module.*torch.nn.modules.container.Sequential"):
         weights.load(tmp_path / "whole.pth", resnet)
+
+
+class Monitor(enum.Enum):
+    LOSS = "loss"
+
+
+class Settings(dict):
+    """As Lightning's AttributeDict: a dict with attributes."""
+
+
+@FORMS
+def test_a_checkpoint_of_lightning(zipped, tmp_path):
+    """PyTorch itself reads it by executing it alone; all but the state dict is left out here."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    optimizer = torch.optim.AdamW(module.parameters())
+    settings = Settings(lr=1e-3, optimizer=torch.optim.AdamW, root=pathlib.Path("/data"))
+    settings.note = np.float64(0.5)
+    content = {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": module.state_dict(),
+        "loops": {"fit_loop": {"state_dict": {}, "progress": {"current": {"ready": 1}}}},
+        "callbacks": {Monitor: {"best": torch.tensor(0.5), "mode": Monitor.LOSS}, (1, 2): None},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [{"lambda": functools.partial(max, 1), "seen": {1, 2}}],
+        "hparams_name": "args",
+        "hyper_parameters": settings,
+        "args": argparse.Namespace(size=np.arange(3), device=torch.device("cpu")),
+    }
+    save(content, tmp_path / "a.pth", zipped)
+    got = weights.READERS[".pth"](tmp_path / "a.pth")
+    assert list(got) == list(module.state_dict())
+    for name, tensor in module.state_dict().items():
+        np.testing.assert_array_equal(got[name], tensor.numpy())
 
 
 @FORMS

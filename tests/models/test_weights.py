@@ -18,15 +18,16 @@ CLASSES = np.arange(4).repeat(3)
 
 def backbone(naming="torchvision", depth=26, width=4):
     tensors = weights.backbone(naming, depth, width, np.random.default_rng(0))
-    classifier = {"torchvision": "fc.weight", "deeplab": "aspp.c0.weight"}[naming]
-    return {**tensors, classifier: np.zeros((5, 32 * width), np.float32)}
+    classifiers = {"torchvision": "fc.weight", "deeplab": "aspp.c0.weight"}
+    classifiers["transformers"] = "classifier.1.weight"
+    return {**tensors, classifiers[naming]: np.zeros((5, 32 * width), np.float32)}
 
 
 def protoseg(classes=CLASSES):
     return weights.protoseg(26, 4, (1, 2), 6, classes, 4)
 
 
-@pytest.mark.parametrize("naming", ["torchvision", "deeplab"])
+@pytest.mark.parametrize("naming", ["torchvision", "transformers", "deeplab"])
 def test_kernels_and_affine_maps(naming):
     tensors = backbone(naming)
     ported = resnet.port(tensors, "made")
@@ -48,9 +49,11 @@ def test_kernels_and_affine_maps(naming):
 
 def test_every_module_has_its_own_tensor():
     """No tensor of ours is filled twice or from the wrong place: names agree between origins."""
-    a, b = (resnet.port(backbone(naming), "made") for naming in ("torchvision", "deeplab"))
-    assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
-    jax.tree.map(np.testing.assert_array_equal, (a.params, a.frozen), (b.params, b.frozen))
+    a = resnet.port(backbone("torchvision"), "made")
+    for naming in ("transformers", "deeplab"):
+        b = resnet.port(backbone(naming), "made")
+        assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+        jax.tree.map(np.testing.assert_array_equal, (a.params, a.frozen), (b.params, b.frozen))
     kernels = jax.tree.leaves(a.params)
     assert len({k.tobytes() for k in kernels}) == len(kernels) == 1 + 4 * 7
 
@@ -98,8 +101,16 @@ def test_all_kinds_of_files_hold_the_same(tmp_path):
         ),
         (lambda t: t.clear(), "unknown network"),
         (
-            lambda t: t.update({"module.bn1.weight": t["bn1.weight"]}),
-            "both module.bn1.weight and bn1.weight",
+            lambda t: t.update({"features.bn1.weight": t["bn1.weight"]}),
+            "both features.bn1.weight and bn1.weight",
+        ),
+        (
+            lambda t: t.update({"layer1.0.norm1.weight": t.pop("layer1.0.bn1.weight")}),
+            "nearest to layer1.0.bn1.weight is layer1.0.norm1.weight",
+        ),
+        (
+            lambda t: t.update({"layer1.0.conv_1.weight": t.pop("layer1.0.conv1.weight")}),
+            "unknown network .*nearest to .*layer1.0.conv1.weight is layer1.0.conv_1.weight",
         ),
     ],
 )
@@ -114,7 +125,7 @@ def test_what_does_not_fit_is_named(change, words):
     ("name", "content", "words"),
     [
         ("none.pth", None, "does not exist"),
-        ("weights.bin", b"x", "unknown kind"),
+        ("weights.h5", b"x", "unknown kind"),
         ("a.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", "unknown network"),
         ("a.safetensors", b"no weights at all", "cannot be read"),
         ("a.npz", b"no weights at all", "not one that `protoseg port` wrote"),

@@ -1,4 +1,5 @@
-"""Made-up state dicts, named as torchvision, the PyTorch DeepLabv2 port and the authors do."""
+"""Made-up state dicts, named as torchvision, transformers, the PyTorch DeepLabv2 port and the
+authors do."""
 
 import numpy as np
 
@@ -10,6 +11,8 @@ def stem_names(naming):
     """(convolution, BatchNorm) of the stem."""
     if naming == "torchvision":
         return "conv1", "bn1"
+    if naming == "transformers":
+        return "embedder.embedder.convolution", "embedder.embedder.normalization"
     return "layer1.conv1.conv", "layer1.conv1.bn"
 
 
@@ -19,6 +22,10 @@ def block_names(naming, stage, block):
         name = f"layer{stage + 1}.{block}."
         inner = [(f"{name}conv{i}", f"{name}bn{i}") for i in (1, 2, 3)]
         return [*inner, (name + "downsample.0", name + "downsample.1")]
+    if naming == "transformers":
+        name = f"encoder.stages.{stage}.layers.{block}."
+        parts = ("layer.0", "layer.1", "layer.2", "shortcut")
+        return [(f"{name}{part}.convolution", f"{name}{part}.normalization") for part in parts]
     name = f"layer{stage + 2}.block{block + 1}."
     parts = ("reduce", "conv3x3", "increase", "shortcut")
     return [(f"{name}{part}.conv", f"{name}{part}.bn") for part in parts]
