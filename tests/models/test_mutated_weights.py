@@ -1,6 +1,8 @@
 """Broken weight files are loaded or refused in a line; a judge of them that can be wrong."""
 
+import json
 import os
+import random
 import sys
 import warnings
 
@@ -12,20 +14,63 @@ import safetensors.numpy
 from protoseg_jax.errors import UserError
 from protoseg_jax.models import resnet, weights
 from tests import mutate_weights
+from tests.models import torch_files
 from tests.models import weights as made
+
+
+def judge_all(mutants, path):
+    """Some are loaded, some refused, and no more."""
+    found = {"loaded": 0, "refused": 0}
+    for number, (done, data) in enumerate(mutants):
+        path.write_bytes(data)
+        verdict, details = mutate_weights.judge(path)
+        assert verdict in found, f"{path.name} {number} ({done}): {verdict}: {details}"
+        found[verdict] += 1
+    assert all(found.values()), found
 
 
 @pytest.mark.parametrize("suffix", mutate_weights.SAMPLES)
 def test_a_hundred_mutants(suffix, tmp_path):
     mutants = mutate_weights.Mutants(suffix, seed=1)
-    path, found = tmp_path / f"mutant{suffix}", {"loaded": 0, "refused": 0}
-    for number in range(100):
-        done, data = mutants[number]
-        path.write_bytes(data)
-        verdict, details = mutate_weights.judge(path)
-        assert verdict in found, f"{suffix} {number} ({done}): {verdict}: {details}"
-        found[verdict] += 1
-    assert all(found.values()), found
+    judge_all((mutants[n] for n in range(100)), tmp_path / f"mutant{suffix}")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_mutants_with_other_objects_beside(zipped, tmp_path, monkeypatch):
+    def write(tensors):
+        named = {f"model.backbone.{name}": tensor for name, tensor in tensors.items()}
+        return torch_files.written({**torch_files.BESIDE, "state_dict": named}, zipped)
+
+    sample = mutate_weights.Sample(torchvision(), write)
+    monkeypatch.setitem(mutate_weights.SAMPLES, ".pth", lambda: [sample])
+    mutants = mutate_weights.Mutants(".pth", seed=3)
+    judge_all((mutants[n] for n in range(60)), tmp_path / "mutant.ckpt")
+
+
+def mutated_indices(index, rng):
+    """Bytes changed, or a file's name or a tensor's."""
+    text = json.dumps(index).encode()
+    names = ("../a.bin", "/etc/passwd", "a.npz", "", ".", "b.bin", "\ud800.bin", 3, None, ["a"])
+    for _ in range(80):
+        if rng.random() < 0.5:
+            yield "bytes", rng.choice(mutate_weights.BYTES)(text, rng)
+            continue
+        places = dict(index["weight_map"])
+        tensor = rng.choice(list(places))
+        if rng.random() < 0.5:
+            places[tensor] = rng.choice(names)
+        else:
+            places[rng.choice(("", "x", tensor.upper(), tensor))] = places.pop(tensor)
+        yield f"{tensor} in {places.get(tensor)}", json.dumps({"weight_map": places}).encode()
+
+
+def test_mutants_of_an_index(tmp_path):
+    items, places = sorted(torchvision().items()), {}
+    for name, part in (("a.bin", items[::2]), ("b.bin", items[1::2])):
+        (tmp_path / name).write_bytes(torch_files.zip_file(dict(part)))
+        places |= dict.fromkeys(dict(part), name)
+    mutants = mutated_indices({"metadata": {}, "weight_map": places}, random.Random(0))
+    judge_all(mutants, tmp_path / "pytorch_model.bin.index.json")
 
 
 def test_every_kind_of_file_is_mutated():

@@ -100,37 +100,10 @@ def test_a_checkpoint(name, zipped, tmp_path):
     same(read(tmp_path, torch_files.written(content, zipped)), {"a": tensor, "b": tensor})
 
 
-def text(value):
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-# What Lightning's and others' checkpoints have beside their tensors, as Python pickles it.
-BESIDE = {
-    "hyper_parameters": b"clightning\nAttributeDict\n)\x81(" + text("lr") + b"K\x01u}b",
-    "old_callbacks": b"}(clightning\nModelCheckpoint\n}" + text("a") + b"K\x01su",
-    "scalar": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n("
-    + text("f8")
-    + b"\x89\x88tR(K\x03"
-    + text("<")
-    + b"NNNtbc_codecs\nencode\n("
-    + text("x" * 8)
-    + text("latin1")
-    + b"tRtR",
-    "path": b"cpathlib\nPosixPath\n(" + text("/") + text("data") + b"tR",
-    "set": b"c__builtin__\nset\n](K\x01K\x02e\x85R",
-    "list_of_a_kind": b"comegaconf\nListConfig\n)\x81(K\x01K\x02e",
-    "class": b"ctorch.optim.adam\nAdam\n",
-    "device": b"ctorch\ndevice\n" + text("cuda") + b"\x85R",
-    "other_keys": b"}(N)\x88K\x01K\x02K\x03\x86K\x04G" + bytes(8) + b"K\x05u",
-    "quantised": b"ctorch._utils\n_rebuild_qtensor\n()tR",
-    "storage": b"(" + text("storage") + b"ctorch\nNewStorage\n" + text("9") + b"NK\x01tQ",
-}
-
-
 @FORMS
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", torch_files.BESIDE)
 def test_other_objects_are_inert_beside_a_state_dict_and_refused_within(name, zipped, tmp_path):
-    tensors, other = {"a": np.arange(3.0, dtype=np.float32)}, Raw(BESIDE[name])
+    tensors, other = {"a": np.arange(3.0, dtype=np.float32)}, torch_files.BESIDE[name]
     content = {name: other, "state_dict": tensors, "epoch": 3}
     same(read(tmp_path, torch_files.written(content, zipped)), tensors)
     within = {"state_dict": {**tensors, name: other}}
@@ -143,7 +116,7 @@ def test_other_objects_are_inert_beside_a_state_dict_and_refused_within(name, zi
     [
         ({"model": {"a": SHARED}, "net": {"a": SHARED}}, r"holds 2 state dicts .model, net., but"),
         ({"ema": {"a": SHARED}, "epoch": 3}, "no state dict by any of state_dict, .* by ema; save"),
-        ({"model": Raw(b"}q\x01" + text("model") + b"h\x01s")}, "holds no state dict"),
+        ({"model": Raw(b"}q\x01" + torch_files.text("model") + b"h\x01s")}, "holds no state dict"),
         ({"model": {"lr": 1}, "state_dict": {"a": 3}}, "holds no state dict"),
     ],
 )

@@ -147,3 +147,34 @@ class _Writer:
 
 _ORDERED = Raw(b"ccollections\nOrderedDict\n)R")
 _UNTYPED = "torch.storage\nUntypedStorage"
+
+
+def text(value: str) -> bytes:
+    """The opcode that pushes it."""
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+# What Lightning's and others' checkpoints have beside their tensors, as Python pickles it.
+BESIDE = {
+    name: Raw(opcodes)
+    for name, opcodes in {
+        "hyper_parameters": b"clightning\nAttributeDict\n)\x81(" + text("lr") + b"K\x01u}b",
+        "old_callbacks": b"}(clightning\nModelCheckpoint\n}" + text("a") + b"K\x01su",
+        "scalar": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n("
+        + text("f8")
+        + b"\x89\x88tR(K\x03"
+        + text("<")
+        + b"NNNtbc_codecs\nencode\n("
+        + text("x" * 8)
+        + text("latin1")
+        + b"tRtR",
+        "path": b"cpathlib\nPosixPath\n(" + text("/") + text("data") + b"tR",
+        "set": b"c__builtin__\nset\n](K\x01K\x02e\x85R",
+        "list_of_a_kind": b"comegaconf\nListConfig\n)\x81(K\x01K\x02e",
+        "class": b"ctorch.optim.adam\nAdam\n",
+        "device": b"ctorch\ndevice\n" + text("cuda") + b"\x85R",
+        "other_keys": b"}(N)\x88K\x01K\x02K\x03\x86K\x04G" + bytes(8) + b"K\x05u",
+        "quantised": b"ctorch._utils\n_rebuild_qtensor\n()tR",
+        "storage": b"(" + text("storage") + b"ctorch\nNewStorage\n" + text("9") + b"NK\x01tQ",
+    }.items()
+}
