@@ -3,6 +3,8 @@
 python -m protoseg_jax.cli.port SRC DST.npz [--config=CONFIG]
 python -m protoseg_jax.cli.port SRC WORKDIR --config=CONFIG [--config.key=value …]
 
+SRC is a file, an index of several, or a folder of Hugging Face's: `models/readers.py` lists them.
+
 The second form writes a run whose joint phase is finished, for eval.py and for train.py, which goes
 on with projection: a state dict does not say where its prototypes come from. The config also says
 which network the weights are of, by default a ResNet.
