@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import sys
 
-from protoseg_jax.data import prepare
+from protoseg_jax.data import pairs
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     data, out = arguments.data.expanduser().resolve(), arguments.out
     if out.exists():
         sys.exit(f"{out} is there already; name a new folder")
-    images = prepare.images_in(data / "train")
+    images, _ = pairs.images_in(data / "train")
     split = {"val": [n for n in images if n.startswith(arguments.hold)]}
     split["train"] = [n for n in images if not n.startswith(arguments.hold)]
     if not all(split.values()):

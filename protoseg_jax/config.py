@@ -43,8 +43,11 @@ def default() -> ConfigDict:
     c.data.projection_split = "train"  # where prototypes' patches come from
     c.data.split = text()  # "authors": the one of the paper's authors ("isbi_em"); None: drawn
     c.data.held_out = text()  # a class to be void, for the novelty test
-    c.data.void = 255  # mask value without a class (data set "folder")
-    c.data.mask_values = ()  # mask value of each class ("folder"): (0, 255); (): its number
+    # Of the data set "folder", whose classes.txt may say what else masks mean:
+    c.data.images = "images"  # folder of the images, below data.dir
+    c.data.masks = "masks"  # and of the masks
+    c.data.mask_suffix = ""  # that a mask's name has behind its image's: "_mask"
+    c.data.void = 255  # mask value without a class
     c.data.exif = text()  # "apply": masks fit images as shown; "ignore": as stored; None: undecided
     c.data.white = config_dict.placeholder(int)  # the value that is white in 16-bit images
 
@@ -184,6 +187,8 @@ def complete(stored: dict[str, Any]) -> ConfigDict:
     loss, model = stored.get("loss", {}), stored.get("model", {})
     if "assignment" not in loss and tuple(loss.get("terms", ())) == _TERMS_BEFORE:
         loss["terms"] = (*_TERMS_BEFORE, "assignment")
+    if not stored.get("data", {}).get("mask_values"):  # which are in classes.txt now
+        stored.get("data", {}).pop("mask_values", None)
     if model.get("backbone") == "efficientnet" and "views" not in stored.get("augment", {}):
         model["width"] = model.get("features", config.model.features)  # its decoder had no width
     absent = {name: {"steps": 0} for name in config.phases if name not in phases}

@@ -7,6 +7,20 @@ class UserError(Exception):
     """Something the user must change. The message is one line: what, where, what to do."""
 
 
+class Fault(UserError):
+    """What is wrong with one file of many, so that all faults can be told at once.
+
+    Attributes:
+      kind: a few words for all of its kind, to be counted by.
+      fact: what is wrong, with the file's name.
+      remedy: what to do; the message is "fact; remedy".
+    """
+
+    def __init__(self, kind: str, fact: str, remedy: str):
+        super().__init__(f"{fact}; {remedy}")
+        self.kind, self.fact, self.remedy = kind, fact, remedy
+
+
 def full_disk(error: BaseException) -> bool:
     """Whether an exception means that the disk (or the quota) is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import io
+import re
 import struct
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8, UInt16
 from PIL import Image, UnidentifiedImageError
 
-from protoseg_jax.errors import UserError, reason
+from protoseg_jax.errors import Fault, UserError, reason
 
 # Surroundings shown on each side of a patch: cells, and at least this share of the image.
 _CONTEXT_CELLS = 2
@@ -25,6 +27,9 @@ _ORIENTATION = 0x0112  # the EXIF and TIFF tag
 _BROKEN = (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError)
 _BROKEN += (struct.error, Image.DecompressionBombError)
 _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}  # that a TIFF, and EXIF data, begin with
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
+"""Endings of image files, in lower case."""
 
 ImageLike = "str | os.PathLike | np.ndarray | Image.Image"
 
@@ -41,13 +46,49 @@ def decode(data: bytes, *, grey: bool = False) -> UInt8[np.ndarray, "h w *c"]:
     return _decode(data, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB)
 
 
-def decode_deep(data: bytes) -> UInt8[np.ndarray, "h w 3"] | UInt16[np.ndarray, "h w 3"]:
-    """As `decode`, with all the bits that a file has (see `eight_bits`).
+def decode_file(
+    data: bytes, where: object
+) -> tuple[UInt8[np.ndarray, "h w 3"] | UInt16[np.ndarray, "h w 3"], "Header"]:
+    """(RGB as stored, with all the bits that a file has (see `eight_bits`); what else it says).
+
+    CMYK becomes RGB as 255·(1 − c)(1 − k), without a colour profile.
 
     Raises:
-      ValueError: the bytes do not decode.
+      Fault: it is no single opaque picture, or too large; `where` names it.
     """
-    return _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
+    if not data:
+        raise Fault("empty image", f"image {where} is empty (0 bytes)", "copy it anew")
+    about = header(data)
+    if about.pixels > (Image.MAX_IMAGE_PIXELS or np.inf) * 2:
+        raise Fault(
+            "image that is too large",
+            f"image {where} has {about.pixels / 1e6:.0f} million pixels, more than are read",
+            "cut it into pieces",
+        )
+    if about.frames > 1:
+        raise Fault(
+            "image of several pictures",
+            f"image {where} is {about.several}",
+            "save the one that is meant",
+        )
+    if about.transparent:
+        raise Fault(
+            "transparent image",
+            f"image {where} has transparent pixels, whose colour is not known",
+            "save it without transparency",
+        )
+    try:
+        if about.mode == "CMYK":
+            with _quietly_opened(data) as image:
+                return np.array(image.convert("RGB")), about
+        return _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH), about
+    except (*_BROKEN, cv2.error) as error:
+        why = "cut short, or damaged" if about.mode else "of no known format"
+        if isinstance(error, cv2.error) and "pixels" in str(error).lower():
+            why = "too large"
+        raise Fault(
+            "image that does not decode", f"image {where} does not decode ({why})", "replace it"
+        ) from error
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray:
@@ -72,16 +113,22 @@ def eight_bits(
       advice: what to do where `white` is not known.
 
     Raises:
-      UserError: `white` is needed and not known, or the values are of another kind.
+      Fault: `white` is needed and not known, or the values are of another kind.
     """
     if array.dtype == np.uint8:
         return array
     if array.dtype != np.uint16:
-        raise UserError(f"image {where} has {array.dtype} values; convert it to 8 bits")
+        raise Fault(
+            "image of another kind of numbers",
+            f"image {where} has {array.dtype} values",
+            "convert it to 8 bits",
+        )
     if not white:
-        raise UserError(
+        raise Fault(
+            "image of 16 bits",
             f"image {where} has 16 bits a channel, its largest value is {array.max()}, and which "
-            f"value is white is not known; {advice}"
+            "value is white is not known",
+            advice,
         )
     values = np.minimum(np.arange(2**16), white)
     return ((510 * values + white) // (2 * white)).astype(np.uint8)[array]
@@ -93,34 +140,80 @@ class Header:
 
     Attributes:
       orientation: EXIF's, 1–8 (see `turned`); 1 without one, or with one that makes no sense.
-      frames: pictures of an animation; 1 of anything else.
+      frames: pictures of an animation or a stack; 1 of anything else.
       transparent: whether any pixel is, wholly or in part.
+      format, mode: Pillow's; "" of what it does not know.
+      pixels: height times width; 0 where that is not known.
     """
 
     orientation: int = 1
     frames: int = 1
     transparent: bool = False
+    format: str = ""
+    mode: str = ""
+    pixels: int = 0
+
+    @property
+    def several(self) -> str:
+        """More than one frame, in words."""
+        kind = "a stack of {} pages" if self.format == "TIFF" else "an animation of {} frames"
+        return kind.format(self.frames)
 
 
 def header(data: bytes) -> Header:
     """The header of an encoded image; of what Pillow does not know, a plain one."""
+    about = Header()
     try:
         with _quietly_opened(data) as image:
-            if image.format == "PNG" and b"eXIf" in data:
-                image.load()  # that chunk may come after the pixels
             # A phone's JPEG may hold a second picture (MPO), a preview.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            return Header(_orientation(image), frames, _transparent(image))
+            about = Header(1, frames, False, image.format, image.mode, image.width * image.height)
+            if image.format == "PNG" and b"eXIf" in data:
+                image.load()  # that chunk may come after the pixels
+            orientation = _orientation(image)
+            return dataclasses.replace(
+                about, orientation=orientation, transparent=_transparent(image)
+            )
+    except Image.DecompressionBombError as error:
+        size = re.search(r"\((\d+) pixels\)", str(error))
+        return Header(pixels=int(size[1]) if size else 2**40)
     except _BROKEN:
-        return Header()
+        return about
 
 
 @contextlib.contextmanager
 def _quietly_opened(data: bytes) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of EXIF data that are broken
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
+    with _quiet, Image.open(io.BytesIO(data)) as image:
+        yield image
+
+
+class _Quiet:
+    """Without the warnings of Pillow, of EXIF data that are broken and of large images.
+
+    `warnings.catch_warnings` alone would not do for several threads: the first to leave would give
+    the others' warnings back, or the last one's filter would stay.
+    """
+
+    def __init__(self):
+        self._inside, self._lock = 0, threading.Lock()
+        self._catch = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._catch = warnings.catch_warnings()
+                self._catch.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._catch.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
 
 
 def _transparent(image: Image.Image) -> bool:
@@ -175,51 +268,115 @@ def _opened(file: Path | io.BytesIO, problem: str, *, why: bool = False) -> Iter
     try:
         # Not by its path, by which Pillow maps a plain TIFF and garbles one that is to be turned.
         opened = file.open("rb") if isinstance(file, Path) else file
-        with warnings.catch_warnings(), opened:
-            warnings.simplefilter("ignore")  # what is wrong is told here
-            with Image.open(opened) as image:
-                yield image
+        with _quiet, opened, Image.open(opened) as image:
+            yield image
     except _BROKEN as error:
         told = f" ({reason(error)})" if why else ""
-        raise UserError(f"{problem}{told}; replace the file") from error
+        raise Fault("file that does not decode", f"{problem}{told}", "replace the file") from error
 
 
 class Mask(NamedTuple):
     """A decoded mask.
 
     Attributes:
-      values: as stored; palette indices, never their colours.
-      palette: red, green, blue of each index; b"" of a grey mask.
+      values: as stored: grey, palette indices (never their colours), or RGB.
+      palette: red, green, blue of each index; b"" of a mask without.
       orientation: EXIF's (see `turned`).
+      opacity: alpha of each pixel; None where all are opaque.
+      bits: of a grey value or an index.
     """
 
-    values: UInt8[np.ndarray, "h w"]
-    palette: bytes
-    orientation: int
+    values: UInt8[np.ndarray, "h w *c"] | UInt16[np.ndarray, "h w"]
+    palette: bytes = b""
+    orientation: int = 1
+    opacity: UInt8[np.ndarray, "h w"] | None = None
+    bits: int = 8
 
 
 def decode_mask(data: bytes, where: object) -> Mask:
-    """An indexed or grey 8-bit mask.
+    """A mask as PNG, TIFF, BMP or lossless WebP: grey, indexed, or in colour.
 
     Raises:
-      UserError: it does not decode or is neither indexed nor grey; `where` names it.
+      Fault: it does not decode, is none of these, or is stored such that values are not kept
+        exactly; `where` names it.
     """
+    if not data:
+        raise Fault("empty mask", f"mask {where} is empty (0 bytes)", "write it again")
     with _opened(io.BytesIO(data), f"mask {where} does not decode") as mask:
-        if mask.mode not in ("P", "L", "1"):
-            raise UserError(
-                f"mask {where} has mode {mask.mode}; save it as 8-bit grey or indexed PNG"
+        if _lossy(mask, data):
+            raise Fault(
+                "mask with lossy compression",
+                f"mask {where} is a {mask.format} with lossy compression, which changes values at "
+                "edges",
+                "export it again as PNG (converting this file does not bring them back)",
             )
         _check_still(mask, f"mask {where}")
-        values = np.array(mask).astype(np.uint8)
-        palette = bytes(mask.getpalette() or ()) if mask.mode == "P" else b""
-        return Mask(values, palette, _orientation(mask))
+        orientation, turns = _orientation(mask), mask.format == "TIFF"
+        kept = _mask_arrays(mask, where)
+        if turns:  # Pillow has turned it
+            kept = {name: _turned_back(array, orientation) for name, array in kept.items()}
+        palette = bytes(mask.getpalette("RGB") or ()) if mask.mode in ("P", "PA") else b""
+        bits = {"1": 1}.get(mask.mode, 8 * kept["values"].itemsize)
+        return Mask(palette=palette, orientation=orientation, bits=bits, **kept)
+
+
+def _mask_arrays(mask: Image.Image, where: object) -> dict[str, np.ndarray]:
+    """{"values", and "opacity" where any pixel is not opaque} of an opened mask."""
+    if _crushed(mask):
+        raise Fault(
+            "mask of another mode",
+            f"mask {where} is in colour with 16 bits a channel",
+            "save it with 8, or as indexed PNG",
+        )
+    if mask.mode in ("1", "P", "L", "RGB") or mask.mode.startswith("I"):
+        values, alpha = np.array(mask), None
+    elif mask.mode in ("LA", "PA", "RGBA"):
+        *bands, alpha = (np.array(band) for band in mask.split())
+        values = bands[0] if len(bands) == 1 else np.stack(bands, -1)
+    else:
+        raise Fault(
+            "mask of another mode",
+            f"mask {where} has mode {mask.mode}, and a mask is grey, indexed or RGB",
+            "save it as such a PNG",
+        )
+    if values.dtype not in (np.uint8, np.uint16):
+        if values.dtype != bool and not (0 <= values.min() and values.max() <= 65535):
+            raise Fault(
+                "mask of other numbers",
+                f"mask {where} has values from {values.min()} to {values.max()}, and they must lie "
+                "in 0–65535",
+                "write it anew with others",
+            )
+        values = values.astype(np.uint8 if values.dtype == bool else np.uint16)
+    opaque = alpha is None or (alpha == 255).all()
+    return {"values": values, **({} if opaque else {"opacity": alpha})}
+
+
+def _webp_chunks(data: bytes) -> set[bytes]:
+    """Names of the chunks of a WebP file (RFC 9649): "VP8 " is lossy, "VP8L" is not."""
+    found, at = set(), 12
+    while at + 8 <= len(data):
+        found.add(data[at : at + 4])
+        at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        at += at % 2
+    return found
+
+
+def _lossy(image: Image.Image, data: bytes) -> bool:
+    """Whether an image's compression changes pixels."""
+    if image.format == "WEBP":
+        return b"VP8 " in _webp_chunks(data)
+    if image.format == "TIFF":
+        return "jpeg" in str(image.info.get("compression", ""))
+    return image.format in ("JPEG", "MPO", "JPEG2000", "AVIF")
 
 
 def _check_still(image: Image.Image, what: str) -> None:
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        kind = "a stack of {} pages" if image.format == "TIFF" else "an animation of {} frames"
-        raise UserError(f"{what} is {kind.format(frames)}; save the one that is meant")
+    about = Header(frames=getattr(image, "n_frames", 1), format=image.format)
+    if about.frames > 1:
+        raise Fault(
+            "file of several pictures", f"{what} is {about.several}", "save the one that is meant"
+        )
 
 
 def count_pages(path: Path) -> int:
@@ -279,7 +436,7 @@ def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3
         pixels = eight_bits(pixels, white, "array", _NO_WHITE)
         return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()
     if isinstance(image, Image.Image):
-        _check_mode(image, "the image")
+        _check_mode(image)
         if _crushed(image):
             raise UserError("the image is RGB with 16 bits a channel; give its path")
         deep = image.mode.startswith("I;16")
@@ -287,30 +444,23 @@ def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3
         return turned(read(pixels, white), 1 if image.format == "TIFF" else _orientation(image))
     try:
         data = Path(image).read_bytes()
-        with _quietly_opened(data) as opened:
-            _check_mode(opened, image)
-            if opened.format != "MPO":  # a phone's JPEG with a preview
-                _check_still(opened, f"image {image}")
-        pixels = eight_bits(decode_deep(data), white, image, _NO_WHITE)
-        return turned(pixels, header(data).orientation)
     except FileNotFoundError as error:
         raise UserError(f"image {image} does not exist; check the path") from error
-    except UnidentifiedImageError as error:  # whose text names a buffer
-        raise UserError(f"image {image} is of no known format; replace it") from error
-    except (*_BROKEN, cv2.error) as error:
-        raise UserError(f"image {image} does not decode ({reason(error)}); replace it") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {image} cannot be read ({reason(error)})") from error
+    pixels, about = decode_file(data, image)
+    return turned(eight_bits(pixels, white, image, _NO_WHITE), about.orientation)
 
 
 _NO_WHITE = "the run has no data.white, so convert the image to 8 bits"
 
 
-def _check_mode(image: Image.Image, name: object) -> None:
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") and not image.mode.startswith("I;16"):
-        raise UserError(
-            f"image {name} is {image.mode}, neither RGB nor grey with 8 bits; convert it"
-        )
+def _check_mode(image: Image.Image) -> None:
+    known = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
+    if image.mode not in known and not image.mode.startswith("I;16"):
+        raise UserError(f"the image is {image.mode}, neither RGB nor grey with 8 bits; convert it")
     if _transparent(image):
-        raise UserError(f"image {name} has transparent pixels; save it without transparency")
+        raise UserError("the image has transparent pixels; save it without transparency")
 
 
 def _crushed(image: Image.Image) -> bool:

@@ -103,11 +103,21 @@ DATA: dict[str, tuple[Spoil, list[str], str]] = {
         "holds the value 77",
     ),
     "a class without a training pixel": (_no_bars, [], "no pixel of class 'bar'"),
-    "two classes, masks of 0 and 255": (_white_discs, [], "--config.data.mask_values=0,255"),
-    "mask values for too few classes": (
-        lambda d: None,
-        ["--config.data.mask_values=0,255"],
-        "gives 2 mask value(s) to 3 classes",
+    "two classes, masks of 0 and 255": (_white_discs, [], "0 after the first, 255 after 'disc'"),
+    "mask values of some classes": (
+        lambda d: (d / "classes.txt").write_text("ground\t0\ndisc\nbar\t2\n"),
+        [],
+        "says mask values of some classes, but none of 'disc'",
+    ),
+    "two faults in one folder": (
+        lambda d: (_mask(d, np.zeros((9, 9))), (d / "images" / "im1.png").write_bytes(b"")),
+        [],
+        "2 faults in data set 'folder', listed above; the first: image",
+    ),
+    "a colour that no class has": (
+        lambda d: _mask(d, np.full((40, 56, 3), (0, 0, 9))),
+        [],
+        "im0.png is in colour (#000009 2240 pixels), and classes have no colours",
     ),
     "an image that is not stored as it is shown": (_turned, [], "--config.data.exif=ignore"),
     "an image of 16 bits": (

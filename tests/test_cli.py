@@ -54,7 +54,7 @@ def test_an_unknown_verb_is_one_line_and_exit_code_2():
     assert result.returncode == 2
     assert result.stderr.strip() == (
         "error: 'trian' is no verb of protoseg; choose one of train, eval, segment, explain, "
-        "remove, tables, port, sheet"
+        "remove, check, tables, port, sheet"
     )
 
 

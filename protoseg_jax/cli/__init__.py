@@ -20,6 +20,7 @@ VERBS = {
     "segment": "segment images, folders of them",
     "explain": "a run's explorer page, or the paper's figures of it",
     "remove": "a new run without some of a run's prototypes",
+    "check": "what is wrong in a data folder, all at once, and how to mend it",
     "tables": "the paper's Tables 1-4 of runs",
     "port": "PyTorch weights as an .npz or as a run",
     "sheet": "a picture of a config's augmented training examples",

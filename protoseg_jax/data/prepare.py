@@ -10,6 +10,7 @@ because an array given to TFDS's Image feature makes it import TensorFlow, which
 not need.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -29,15 +30,14 @@ from absl import logging
 from jaxtyping import UInt8
 
 from protoseg_jax import extensions, files, images
+from protoseg_jax.data.findings import Findings
 from protoseg_jax.data.labels import VOID, LabelSet
-from protoseg_jax.data.leaks import Leaks
-from protoseg_jax.data.reading import Palettes, Reading, colours_used
+from protoseg_jax.data.reading import Reading
 from protoseg_jax.data.source import SegmentationData
-from protoseg_jax.errors import UserError
-from protoseg_jax.progress import Progress
+from protoseg_jax.errors import Fault, UserError
+from protoseg_jax.progress import Progress, say
 
-_FORMAT = 2  # part of every fingerprint; raise it when what is stored, or refused, changes
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_FORMAT = 3  # part of every fingerprint; raise it when what is stored, or refused, changes
 _UNDECIDED = Reading()
 
 
@@ -50,8 +50,11 @@ class Example:
     label: UInt8[np.ndarray, "h w"]  # classes and VOID
     parts: UInt8[np.ndarray, "h w"] | None = None
     pixels: UInt8[np.ndarray, "h w 3"] | None = None  # the image, where it is plain and decoded
-    mask: str = ""  # names the file of the label, where it is indexed,
-    colours: dict[int, bytes] = dataclasses.field(default_factory=dict)  # with these by value
+    mask: str = ""  # names the file of the label, for messages
+    colours: dict[int, bytes] = dataclasses.field(
+        default_factory=dict
+    )  # an indexed one's, by value
+    values: dict[str, int] = dataclasses.field(default_factory=dict)  # pixels by value or colour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +65,15 @@ class DataSet:
       name: of the prepared folder.
       labels: its classes.
       splits: items by split, in order; whatever `example` wants.
-      example: (split, item) → its example. Raises UserError: a file is missing, does not decode, or
-        does not fit.
+      example: (split, item) → its example. Raises UserError (`Fault`): a file is missing, does not
+        decode, or does not fit.
       source: all that decides the examples, for the fingerprint (by `repr`).
       part_names: names of the part labels, where examples have such.
       drawn: names of the images by split, where the split is drawn at random.
-      void: the mask value without a class, where `data.mask_values` might make it one.
-      official: whether its splits are a benchmark's (see `Leaks`).
+      void: the mask value without a class, where it might be meant as one.
+      official: whether its splits are a benchmark's (see `Findings`).
+      faults: what is wrong with files beside the examples.
+      doubts: (kind, fact, remedy) of what is doubtful with them (see `Findings.doubt`).
     """
 
     name: str
@@ -80,6 +85,8 @@ class DataSet:
     drawn: dict[str, list[str]] | None = None
     void: int | None = None
     official: bool = False
+    faults: tuple[Fault, ...] = ()
+    doubts: tuple[tuple[str, str, str], ...] = ()
 
 
 def open_data(config: ml_collections.ConfigDict) -> SegmentationData:
@@ -91,6 +98,11 @@ def open_data(config: ml_collections.ConfigDict) -> SegmentationData:
     module, reading = _module(config), Reading.of(config)
     submission = getattr(module, "submission", _label_png)
     return prepare(module.open(config), config.data.cache, submission, reading)
+
+
+def open_files(config: ml_collections.ConfigDict) -> DataSet:
+    """The data set of a run's config as its files are, not prepared; see `open_data`."""
+    return _module(config).open(config)
 
 
 def labels_of(config: ml_collections.ConfigDict) -> LabelSet:
@@ -120,8 +132,8 @@ def prepare(
     """A data set, prepared in the folder `cache` unless it is there.
 
     Raises:
-      UserError: from `DataSet.example`, an image needs a setting or leaks (see `Leaks`), and
-        nothing is left behind; or the cache cannot be written.
+      UserError: something is wrong with the data (see `Findings`), and nothing is left behind; or
+        the cache cannot be written.
     """
     key = fingerprint([*dataset.source, reading])
     root = Path(cache).expanduser() / f"{dataset.name}-{key}"
@@ -164,7 +176,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, dataset: DataSet, root: Path, reading: Reading):
         self.name, self._dataset, self._root = dataset.name, dataset, root
-        self._reading, self._leaks, self._palettes = reading, Leaks(dataset.official), Palettes()
+        self._reading, self._findings = reading, findings_of(dataset)
+        self._left = list(dataset.splits)  # not yet looked at
         super().__init__(data_dir=root, file_format="array_record")
 
     def write(self) -> None:
@@ -210,28 +223,67 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {split: self._generate_examples(split) for split in self._dataset.splits}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        pixels, size = np.zeros(256, np.int64), np.zeros(2, np.int64)
-        items = self._dataset.splits[split]
-        with Progress(f"preparing {self.name} {split}", len(items), 0, "image") as progress:
-            for number, item in enumerate(items):
-                example = self._dataset.example(split, item)
-                pixels += np.bincount(example.label.ravel(), minlength=256)
-                size = np.maximum(size, example.label.shape)
-                self._palettes.add(example.mask, example.colours)
-                image, rgb = example.image, example.pixels
-                if rgb is None:
-                    image, rgb = self._reading.image(image, f"{example.image_id!r} of {self.name}")
-                self._leaks.add(split, example.image_id, rgb)
-                record = {"image_id": example.image_id, "image": image}
-                for name in ("label", "parts"):
-                    if (labels := getattr(example, name)) is not None:
-                        record[name] = images.encode_labels(labels)
-                yield number, record
-                progress.update(1)
+        size = np.zeros(2, np.int64)
+        for number, example in enumerate(self._looked_at(split)):
+            if self._findings.count:
+                continue  # nothing is kept, but all is told
+            size = np.maximum(size, example.label.shape)
+            record = {"image_id": example.image_id, "image": example.image}
+            for name in ("label", "parts"):
+                if (labels := getattr(example, name)) is not None:
+                    record[name] = images.encode_labels(labels)
+            yield number, record
+        if self._findings.count:  # TFDS would end with another error at a split without examples
+            while self._left:
+                collections.deque(self._looked_at(self._left[0]), maxlen=0)
+        if not self._left:
+            self._findings.finish()
+            self._findings.refuse(self.name, say)
+            for line in self._findings.lines():
+                say(line)
         # TFDS writes the metadata when all splits are done.
+        pixels = self._findings.splits[split].pixels
         self.info.metadata["class_pixels"][split] = pixels[: len(self._dataset.labels)].tolist()
         self.info.metadata["void_pixels"][split] = int(pixels[VOID])
         self.info.metadata["label_size"][split] = size.tolist()
+
+    def _looked_at(self, split: str) -> Iterator[Example]:
+        """The examples of a split as they are stored, those left out that are wrong."""
+        self._left.remove(split)
+        items = self._dataset.splits[split]
+        with Progress(f"preparing {self.name} {split}", len(items), 0, "image") as progress:
+            for item in items:
+                try:
+                    example = read(self._dataset, split, item, self._reading)
+                except UserError as error:
+                    self._findings.fault(error)
+                else:
+                    self._findings.add(split, example)
+                    yield example
+                progress.update(1)
+
+
+def findings_of(dataset: DataSet) -> Findings:
+    """What is known to be wrong and doubtful before any example is read."""
+    findings = Findings(dataset.labels, dataset.official)
+    for fault in dataset.faults:
+        findings.fault(fault)
+    for doubt in dataset.doubts:
+        findings.doubt(*doubt)
+    return findings
+
+
+def read(dataset: DataSet, split: str, item: Any, reading: Reading) -> Example:
+    """An example with its pixels, and its image's bytes as they are stored.
+
+    Raises:
+      UserError: it is wrong.
+    """
+    example = dataset.example(split, item)
+    if example.pixels is not None:
+        return example
+    image, rgb = reading.image(example.image, f"{example.image_id!r} of {dataset.name}")
+    return dataclasses.replace(example, image=image, pixels=rgb)
 
 
 def fingerprint(source: Iterable[Any]) -> str:
@@ -253,7 +305,7 @@ def file_stamp(path: Path) -> tuple[str, int, int] | Path:
     return os.fspath(path), status.st_size, status.st_mtime_ns
 
 
-# -- pairs of image and mask files -------------------------------------------------------------
+# -- what data sets share -------------------------------------------------------------
 
 
 def data_folder(config: ml_collections.ConfigDict, layout: str, inside: str = "") -> Path:
@@ -271,81 +323,6 @@ def data_folder(config: ml_collections.ConfigDict, layout: str, inside: str = ""
     if not any(path.iterdir()):
         raise UserError(f"{name}: folder {path} is empty; data.dir must hold {layout}")
     return path
-
-
-def images_in(folder: Path) -> dict[str, Path]:
-    """Image files of a folder by stem, sorted.
-
-    Raises:
-      UserError: two images share a stem.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file():
-            if path.stem in found:
-                raise UserError(
-                    f"{found[path.stem]} and {path} have the same name; remove one of them"
-                )
-            found[path.stem] = path
-    return found
-
-
-def read_pair(
-    stem: str,
-    image: Path,
-    mask: Path | None,
-    values: Sequence[int],
-    void: int | None,
-    reading: Reading,
-) -> Example:
-    """An image with its mask, checked.
-
-    Args:
-      stem: becomes the image's id.
-      image: PNG or JPEG.
-      mask: indexed or grey PNG; None for an image without labels, all of which is void.
-      values: mask value of each class, in order.
-      void: mask value without a class, whatever `values` say; None without one.
-      reading: how both are read.
-
-    Raises:
-      UserError: a file is missing, does not decode, needs a setting, has another size, or a strange
-        value.
-    """
-    if mask and not mask.is_file():
-        raise UserError(f"image {image} has no mask {mask}; add it or remove the image")
-    data, pixels = reading.image(image.read_bytes(), image)
-    size = pixels.shape[:2]
-    if not mask:
-        return Example(stem, data, np.full(size, VOID, np.uint8), pixels=pixels)
-    raw, palette = reading.mask(mask.read_bytes(), mask)
-    if raw.shape != size:
-        advice = "make them equal"
-        if raw.shape == size[::-1] and images.header(image.read_bytes()).orientation > 4:
-            other = {"apply": "ignore", "ignore": "apply"}[reading.exif]
-            advice = (
-                f"with data.exif={reading.exif} they do not fit, so set --config.data.exif={other}"
-            )
-        raise UserError(
-            f"image {image} is {size[0]}×{size[1]} but its mask {mask} is "
-            f"{raw.shape[0]}×{raw.shape[1]} (height×width); {advice}"
-        )
-    table = np.full(256, -1, np.int16)
-    table[list(values)] = np.arange(len(values))
-    if void is not None:
-        table[void] = VOID
-    label = table[raw]
-    if (label < 0).any():
-        known = f"0–{len(values) - 1}" if isinstance(values, range) else ", ".join(map(str, values))
-        raise UserError(
-            f"mask {mask} holds the value {int(raw[label < 0][0])}, which is neither a class "
-            f"({known}) nor void ({'none' if void is None else void}); correct the mask or the "
-            "classes; or, of the data set folder, set data.mask_values, the mask value of each "
-            "class, or data.void"
-        )
-    colours = colours_used(raw, palette)
-    label = label.astype(np.uint8)
-    return Example(stem, data, label, pixels=pixels, mask=str(mask), colours=colours)
 
 
 def draw_split(names: Sequence[Any], seed: int, one_in: int) -> dict[str, list[Any]]:

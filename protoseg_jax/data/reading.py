@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from protoseg_jax import images
-from protoseg_jax.errors import UserError
-from protoseg_jax.progress import say
+from protoseg_jax.errors import Fault, UserError
 
 _EXIF = ("apply", "ignore")
 
@@ -50,34 +49,20 @@ class Reading:
         The bytes are those given where these have 8 bits and no orientation, else a PNG.
 
         Raises:
-          UserError: it does not decode, is transparent or an animation, or needs a setting that is
-            not there; `where` names it.
+          Fault: it is none (see `images.decode_file`), or needs a setting that is not there;
+            `where` names it.
         """
-        try:
-            pixels = images.decode_deep(data)
-        except ValueError as error:
-            raise UserError(f"image {where} does not decode; replace the file") from error
-        header = images.header(data)
-        if header.frames > 1:
-            raise UserError(
-                f"image {where} is an animation of {header.frames} frames; save the one that its "
-                "mask belongs to"
-            )
-        if header.transparent:
-            raise UserError(
-                f"image {where} has transparent pixels, whose colour is not known; save it without "
-                "transparency"
-            )
+        pixels, header = images.decode_file(data, where)
         plain = self.white_at_255(pixels, where)
         plain = self.upright(plain, header.orientation, f"image {where}")
-        as_found = header.orientation == 1 and pixels.dtype == np.uint8
+        as_found = header.orientation == 1 and pixels.dtype == np.uint8 and header.mode != "CMYK"
         return data if as_found else images.encode(plain), plain
 
     def white_at_255(self, pixels: np.ndarray, where: object) -> UInt8[np.ndarray, "h w *c"]:
         """Pixels of an image with 8 bits.
 
         Raises:
-          UserError: they have 16 and `white` is not known.
+          Fault: they have 16 and `white` is not known.
         """
         return images.eight_bits(
             pixels,
@@ -86,65 +71,55 @@ class Reading:
             "set --config.data.white=VALUE (65535 where all bits are used, 4095 for 12 of them)",
         )
 
-    def mask(self, data: bytes, where: object) -> tuple[UInt8[np.ndarray, "h w"], bytes]:
-        """(values, palette) of an encoded mask (see `images.Mask`), turned as images are.
+    def mask(self, data: bytes, where: object) -> images.Mask:
+        """An encoded mask, turned as images are.
 
         Raises:
-          UserError: it does not decode, is neither indexed nor grey, or has an orientation and
-            `exif` is undecided; `where` names it.
+          Fault: it is none (see `images.decode_mask`), or has an orientation and `exif` is
+            undecided; `where` names it.
         """
         mask = images.decode_mask(data, where)
-        return self.upright(mask.values, mask.orientation, f"mask {where}"), mask.palette
+
+        def upright(array: np.ndarray) -> np.ndarray:
+            return self.upright(array, mask.orientation, f"mask {where}")
+
+        opacity = None if mask.opacity is None else upright(mask.opacity)
+        return mask._replace(values=upright(mask.values), opacity=opacity, orientation=1)
 
     def upright(self, array: np.ndarray, orientation: int, what: str) -> np.ndarray:
         """[h w *c] as stored → as images and masks fit each other.
 
         Raises:
-          UserError: `exif` is undecided and that matters; `what` names the file.
+          Fault: `exif` is undecided and that matters; `what` names the file.
         """
         if orientation == 1 or self.exif == "ignore":
             return array
         if not self.exif:
-            raise UserError(
+            raise Fault(
+                "file that is stored turned",
                 f"{what} has EXIF orientation {orientation}, so it is not stored as it is shown, "
-                "and which of the two masks belong to is not known; set --config.data.exif=apply "
-                "(as shown) or --config.data.exif=ignore (as stored)"
+                "and which of the two masks belong to is not known",
+                "set --config.data.exif=apply (as shown) or --config.data.exif=ignore (as stored)",
             )
         return images.turned(array, orientation)
 
 
-class Palettes:
-    """Tells once, of all masks of a data set, of two that colour the same value differently."""
-
-    def __init__(self):
-        self._first: dict[int, tuple[bytes, str]] = {}
-        self._told = False
-
-    def add(self, file: str, colours: dict[int, bytes]) -> None:
-        """Take the colours of the values that a mask uses in."""
-        for value, colour in {} if self._told else colours.items():
-            known, first = self._first.setdefault(value, (colour, file))
-            if known != colour:
-                self._told = True
-                say(
-                    f"warning: value {value} has the colour {tuple(known)} in mask {first} and "
-                    f"{tuple(colour)} in {file}; a class is a value, whatever its colour, so look "
-                    "whether it means the same in both"
-                )
-                return
-
-
-def colours_used(values: UInt8[np.ndarray, "h w"], palette: bytes) -> dict[int, bytes]:
+def colours_used(mask: images.Mask) -> dict[int, bytes]:
     """Red, green and blue of each value of a mask that its palette has; none of a grey mask."""
-    if not palette:
+    if not mask.palette:
         return {}
-    counts = cv2.calcHist([values], [0], None, [256], [0, 256])
-    used = np.flatnonzero(counts[: len(palette) // 3]).tolist()
-    return {value: palette[3 * value : 3 * value + 3] for value in used}
+    counts = cv2.calcHist([mask.values], [0], None, [256], [0, 256])
+    used = np.flatnonzero(counts[: len(mask.palette) // 3]).tolist()
+    return {value: mask.palette[3 * value : 3 * value + 3] for value in used}
 
 
 def lines_in(path: Path) -> list[str]:
-    """Lines of a UTF-8 text, stripped, without the empty ones and a byte-order mark.
+    """Lines of a UTF-8 text (see `text_in`), stripped, without the empty ones."""
+    return [line.strip() for line in text_in(path).splitlines() if line.strip()]
+
+
+def text_in(path: Path) -> str:
+    """A UTF-8 text without a byte-order mark.
 
     Raises:
       UserError: it is text of another encoding, or none.
@@ -158,4 +133,4 @@ def lines_in(path: Path) -> list[str]:
         raise UserError(f"text {path} is {kind}; save it as UTF-8") from error
     if "\0" in text:
         raise UserError(f"text {path} is UTF-16 or no text; save it as UTF-8")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return text

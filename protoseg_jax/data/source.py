@@ -119,11 +119,10 @@ class SegmentationData:
         """Whether any pixel of a split has a class; benchmarks keep their test labels."""
         return bool(self.class_pixels(split).any())
 
-    def void_may_be_a_class(self, split: str) -> bool:
-        """Whether masks of 0 and the value of `data.void` are all that a split has."""
-        pixels = self.class_pixels(split)
-        void = self.metadata["void_pixels"][split]
-        return self.void is not None and bool(pixels[0] and void) and not pixels[1:].any()
+    def void_pixels(self, split: str) -> int:
+        """Pixels without a class in a split's labels."""
+        self._check(split)
+        return int(self.metadata["void_pixels"][split])
 
     def label_size(self, split: str) -> tuple[int, int]:
         """The largest label height and the largest label width of a split."""

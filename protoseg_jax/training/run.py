@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 
 from protoseg_jax import losses
+from protoseg_jax.data.findings import absent_classes
 from protoseg_jax.devices import barrier, is_main, leave_processes
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import measures, report
@@ -74,21 +75,8 @@ def check(experiment: Experiment, *, new: bool) -> Checkpoint | None:
         names = enumerate(experiment.labels.names)
         absent = [name for c, name in names if not pixels[c] and c != experiment.held_out]
         if absent:
-            why = (
-                "so there is nothing to learn it from; add images of it, or remove it from the "
-                "classes"
-            )
-            if experiment.data.void_may_be_a_class(split):
-                void = experiment.data.void
-                values = f"0,{void}" if len(pixels) == 2 else "… to each class's mask value"
-                why = (
-                    f"whose masks hold 0 and {void} alone, and {void} means no label (data.void); "
-                    f"where it is a class, set --config.data.mask_values={values}"
-                )
-            raise UserError(
-                f"no pixel of class {', '.join(map(repr, absent))} in split {split!r} of "
-                f"data set {experiment.data.name!r}, {why}"
-            )
+            data = experiment.data
+            raise absent_classes(absent, split, pixels, data.void_pixels(split), data.void)
     if new and config.pretrained.blackbox:
         if config.model.head == "directions":
             raise UserError(

@@ -169,7 +169,7 @@ def first_label(root):
         (lambda r: Image.fromarray(np.zeros((9, 9), np.uint8)).save(first_label(r)), "are 9×9"),
         (
             lambda r: Image.fromarray(np.full((64, 128), 77, np.uint8)).save(first_label(r)),
-            "hold 77, which is no label id",
+            "holds the value 77 .8192 pixels., which is neither a class .*; use the files",
         ),
         (lambda r: shutil.rmtree(r / "leftImg8bit" / "val"), "no validation image"),
         (lambda r: shutil.rmtree(r / "leftImg8bit"), "holds no images"),

@@ -108,7 +108,8 @@ def spoil_mask(root):
 
 
 def spoil_colour_mask(root):
-    Image.fromarray(np.zeros((*SIZES[1], 3), np.uint8)).save(root / "masks" / "im4.png")
+    red = np.full((*SIZES[1], 3), (255, 0, 0), np.uint8)
+    Image.fromarray(red).save(root / "masks" / "im4.png")
 
 
 def spoil_classes(root):
@@ -128,7 +129,7 @@ def spoil_list(root):
         (spoil_value, ["im4.png", "77"]),
         (spoil_image, ["im4.png", "does not decode"]),
         (spoil_mask, ["im4.png", "does not decode"]),
-        (spoil_colour_mask, ["im4.png", "RGB"]),
+        (spoil_colour_mask, ["im4.png", "in colour (#ff0000 693 pixels)", "classes.txt"]),
         (spoil_classes, ["classes.txt"]),
         (spoil_list, ["train.txt", "nobody"]),
     ],
@@ -210,7 +211,7 @@ def test_colour_alone_cannot_solve_parts(parts):
 def test_a_prepared_folder_is_found_again(parts):
     """Its name is part of what a cache holds: another one would prepare everything anew."""
     dataset = parts_set.open(config_of("parts", None, ""))
-    assert prepare.fingerprint(dataset.source) == "4adf96e82da4a921"
+    assert prepare.fingerprint(dataset.source) == "5a9e4052fde2401c"
     assert parts.folder.endswith("parts/1.0.0")
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 
 from benchmarks import data_traps
 from protoseg_jax import images
-from protoseg_jax.data import prepare
+from protoseg_jax.data import masks, prepare
+from protoseg_jax.data import pairs as pairs_lib
+from protoseg_jax.data.findings import Findings, Leaks, Palettes
 from protoseg_jax.data.labels import VOID, generic
-from protoseg_jax.data.leaks import Leaks
-from protoseg_jax.data.reading import Palettes, Reading, colours_used
+from protoseg_jax.data.reading import Reading, colours_used
 from protoseg_jax.errors import UserError
 from protoseg_jax.training import run
 from tests import small
@@ -102,14 +103,16 @@ def test_orientation_bits_and_palette_change_nothing(tmp_path_factory, pair):
     root = tmp_path_factory.mktemp("pair")
     (root / "a.png").write_bytes(file)
     (root / "m.png").write_bytes(mask)
-    example = prepare.read_pair("a", root / "a.png", root / "m.png", range(3), 255, reading)
+    table = masks.numbered("abc")
+    example = pairs_lib.read_pair("a", root / "a.png", root / "m.png", table, reading)
     np.testing.assert_array_equal(example.label, values)
     np.testing.assert_array_equal(example.pixels, plain)
     # What is stored says the same to any decoder, with and without a mind for orientation.
     np.testing.assert_array_equal(images.decode(example.image), plain)
     shown = cv2.imdecode(np.frombuffer(example.image, np.uint8), cv2.IMREAD_COLOR_RGB)
     np.testing.assert_array_equal(shown, plain)
-    assert images.header(example.image) == images.Header()
+    about = images.header(example.image)
+    assert (about.orientation, about.frames, about.transparent) == (1, 1, False)
 
 
 def test_what_is_plain_keeps_its_bytes():
@@ -236,26 +239,6 @@ REFUSED = {
     ),
     "no white": (spoil_deep, {"data.white": 0}, ["data.white=0 must lie in 1–65535"]),
     "white beyond": (spoil_deep, {"data.white": 65536}, ["data.white=65536"]),
-    "two values": (
-        lambda root: None,
-        {"data.mask_values": (0, 255)},
-        ["gives 2 mask value(s) to 3 classes"],
-    ),
-    "a value twice": (
-        lambda root: None,
-        {"data.mask_values": (0, 255, 0)},
-        ["holds a value twice"],
-    ),
-    "a value beyond": (
-        lambda root: None,
-        {"data.mask_values": (0, 1, 256)},
-        ["no number in 0–255", "land"],
-    ),
-    "a value that is text": (
-        lambda root: None,
-        {"data.mask_values": ("0,1,x",) * 3},
-        ["no number in 0–255"],
-    ),
     "void beyond": (lambda root: None, {"data.void": 256}, ["data.void=256"]),
     "UTF-16": (
         lambda root: (root / "classes.txt").write_text("sky\nsea\nland\n", "utf-16"),
@@ -300,6 +283,10 @@ def test_a_leak_of_a_drawn_split(tmp_path):
 def test_which_splits_may_share_an_image():
     one, two = np.zeros((2, 3, 3), np.uint8), np.ones((2, 3, 3), np.uint8)
     leaks = Leaks()
+
+    def wrong(split, name, pixels):
+        return [str(fault) for fault, _ in leaks.add(split, name, pixels)]
+
     for split, name, pixels in (
         ("train_aug", "a", one),
         ("train", "a", one),
@@ -308,26 +295,34 @@ def test_which_splits_may_share_an_image():
         ("test", "b", two),
         ("validation", "c", one.reshape(3, 2, 3)),  # the same bytes in another shape
     ):
-        leaks.add(split, name, pixels)
+        assert wrong(split, name, pixels) == []
     for split, name, pixels, words in (
         ("test", "d", one, "'d' of split 'test' has the pixels of 'a' of split 'train_aug'"),
         ("train", "b", one + 5, "'b' of split 'train' has the name of one of split 'validation'"),
         ("mine", "b", two, "'b' of split 'mine' is in split 'validation' too"),
         ("train", "a", two, "'a' is in split 'train' twice"),
     ):
-        with pytest.raises(UserError, match=words):
-            leaks.add(split, name, pixels)
+        (found,) = wrong(split, name, pixels)
+        assert words in found
 
 
-def test_a_benchmark_s_own_leak_is_told(capsys):
-    image, leaks = np.zeros((2, 3, 3), np.uint8), Leaks(official=True)
-    leaks.add("train", "a", image)
-    leaks.add("validation", "b", image)
-    assert (
-        "warning: image 'b' of split 'validation' has the pixels of 'a'" in capsys.readouterr().err
-    )
-    with pytest.raises(UserError, match="has the name of one"):
-        leaks.add("test", "a", image + 1)
+def test_a_benchmark_s_own_leak_is_told():
+    image, label = np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.uint8)
+    for official in (False, True):
+        findings = Findings(generic("ab"), official)
+        for split, name, pixels in (
+            ("train", "a", image),
+            ("validation", "b", image),
+            ("test", "a", image + 1),
+        ):
+            findings.add(split, prepare.Example(name, b"", label, pixels=pixels))
+        own = findings.doubts if official else findings.faults
+        kind = own["image that trains and is scored"]
+        assert "image 'b' of split 'validation' has the pixels of 'a'" in kind.facts[0]
+        assert findings.count == (1 if official else 2)
+        assert "has the name of one of split 'train'" in str(
+            findings.faults["image that trains and is scored"].facts[-1]
+        )
 
 
 def test_masks_of_0_and_255(tmp_path):
@@ -342,9 +337,9 @@ def test_masks_of_0_and_255(tmp_path):
     with pytest.raises(UserError) as caught:
         run.check(small.experiment(config), new=False)
     assert "no pixel of class 'disc' in split 'train'" in str(caught.value)
-    assert "255 means no label (data.void)" in str(caught.value)
-    assert "--config.data.mask_values=0,255" in str(caught.value)
-    config.data.mask_values = (0, 255)
+    assert "255 means no label" in str(caught.value)
+    assert "0 after the first, 255 after 'disc'" in str(caught.value)
+    (tmp_path / "own" / "classes.txt").write_text("ground\t0\ndisc\t255\n")
     experiment = small.experiment(config)
     run.check(experiment, new=False)
     for example in everything(experiment.data.source("train")):
@@ -359,19 +354,24 @@ def test_an_absent_class_is_not_always_void(tmp_path):
         Image.fromarray(np.where(mask == 2, 0, mask).astype(np.uint8)).save(path)
     with pytest.raises(UserError, match="nothing to learn it from") as caught:
         run.check(small.experiment(small.make_config(tmp_path)), new=False)
-    assert "data.mask_values" not in str(caught.value)
+    assert "classes.txt" not in str(caught.value)
 
 
 def test_values_of_classes(tmp_path):
     root = make_folder(tmp_path / "own", void=9)
-    options = {"data.mask_values": (2, 9, 0), "data.void": 1}
-    data = load("folder", root, tmp_path, **options)
+    (root / "classes.txt").write_text("sky\t2\nsea\t9\nvoid\t1\nland\t0\n")
+    data = load("folder", root, tmp_path)
+    assert data.labels.names == ("sky", "sea", "land")
     for example in everything(data.source("train")):
         raw = np.array(Image.open(root / "masks" / f"{example['image_id']}.png"))
         expected = np.select([raw == 2, raw == 9, raw == 0], [0, 1, 2], VOID)
         np.testing.assert_array_equal(example["label"], expected)
-    with pytest.raises(UserError, match=r"value 1, which is neither a class \(2, 9, 0\) nor void"):
-        load("folder", root, tmp_path, **{"data.mask_values": (2, 9, 0)})
+    (root / "classes.txt").write_text("sky\t2\nsea\t9\nland\t0\n")
+    words = (
+        r"holds the value 1 \(\d+ pixels\), which is neither a class \(0, 2, 9\) nor void \(255\)"
+    )
+    with pytest.raises(UserError, match=words):
+        load("folder", root, tmp_path)
 
 
 def test_a_data_set_from_outside_is_read_likewise(tmp_path):
@@ -400,9 +400,12 @@ def test_a_data_set_from_outside_is_read_likewise(tmp_path):
 def test_settings_are_part_of_the_prepared_folder(tmp_path):
     root = make_folder(tmp_path / "own")
     ways = ({}, {"data.exif": "apply"}, {"data.exif": "ignore"}, {"data.white": 4095})
-    ways += ({"data.mask_values": (0, 1, 2)}, {"data.mask_values": (1, 0, 2)})
     folders = [load("folder", root, tmp_path, **options).folder for options in ways]
-    assert len(set(folders)) == len(ways)
+    for text in ("sky\t0\nsea\t1\nland\t2\n", "sky\t1\nsea\t0\nland\t2\n"):
+        (root / "classes.txt").write_text(text)
+        folders.append(load("folder", root, tmp_path).folder)
+    # The first of the tables says what none says.
+    assert len(set(folders)) == len(folders) - 1 and folders[0] == folders[-2]
 
 
 def make_camvid(root):
@@ -527,25 +530,26 @@ def test_palettes_that_differ_are_told_once(tmp_path, capsys):
         mask.putpalette(own.ravel().tolist())
         mask.save(path)
     load("folder", root, tmp_path)
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
-    assert len(lines) == 1
-    assert "value 2 has the colour (" in lines[0] and lines[0].count("masks/im") == 2
+    lines = capsys.readouterr().err.splitlines()
+    at = lines.index("warning: palettes that differ (1)")
+    assert "value 2 has the colour (" in lines[at + 1] and lines[at + 1].count("masks/im") == 2
+    assert sum("warning" in line for line in lines) == 1
     load("folder", root, tmp_path)
     assert "warning" not in capsys.readouterr().err
 
 
-def test_only_colours_in_use_are_compared(capsys):
+def test_only_colours_in_use_are_compared():
     values = np.array([[0, 1, 200]], np.uint8)
     short, other = bytes(range(6)), bytes(range(3)) + bytes(99)
-    assert colours_used(values, b"") == {}
-    assert colours_used(values, short) == {0: short[:3], 1: short[3:]}  # none of 200: cut short
+    used = [colours_used(images.Mask(values, colours)) for colours in (b"", short, other)]
+    assert used[0] == {}
+    assert used[1] == {0: short[:3], 1: short[3:]}  # none of 200: cut short
     palettes = Palettes()
-    palettes.add("a", colours_used(values, short))
-    palettes.add("b", colours_used(np.zeros((1, 1), np.uint8), other))
-    assert capsys.readouterr().err == ""
-    palettes.add("c", colours_used(values, other))
-    said = capsys.readouterr().err
-    assert said.startswith("warning: value 1 has the colour (3, 4, 5) in mask a and (0, 0, 0) in c")
+    assert not palettes.add("a", used[1])
+    assert not palettes.add("b", colours_used(images.Mask(np.zeros((1, 1), np.uint8), other)))
+    (fault,) = palettes.add("c", used[2])
+    assert fault.fact == "value 1 has the colour (3, 4, 5) in mask a and (0, 0, 0) in c"
+    assert not palettes.add("d", used[1])
 
 
 def test_the_table_of_traps(tmp_path):

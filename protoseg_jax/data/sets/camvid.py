@@ -1,12 +1,12 @@
 """`camvid`: CamVid in the SegNet layout.
 
 `train/`, `trainannot/`, `val/`, `valannot/` and optionally `test/`, `testannot/`: images as PNG or
-JPEG, masks as 8-bit PNG of the same stem with ids 0–10 and 11 for void.
+JPEG, masks of the same stem with ids 0–10 and 11 for void, or in the classes' colours and black.
 """
 
 import ml_collections
 
-from protoseg_jax.data import prepare
+from protoseg_jax.data import masks, pairs, prepare
 from protoseg_jax.data.labels import LabelSet
 from protoseg_jax.data.reading import Reading
 from protoseg_jax.errors import UserError
@@ -25,6 +25,7 @@ _CLASSES = {
     "bicyclist": (0, 128, 192),
 }
 LABELS = LabelSet(tuple(_CLASSES), tuple(_CLASSES.values()))
+TABLE = masks.coloured(masks.numbered(LABELS.names, void=[11]), LABELS.colours, void=[(0, 0, 0)])
 _FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 _LAYOUT = "train/, trainannot/, val/ and valannot/ (the SegNet layout)"
 
@@ -36,16 +37,25 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     for split, folder in _FOLDERS.items():
         if split == "test" and not (root / folder).exists():
             continue
-        images = prepare.images_in(prepare.data_folder(config, _LAYOUT, folder))
-        if not images:
+        found = pairs.Pairs.of(
+            prepare.data_folder(config, _LAYOUT, folder),
+            prepare.data_folder(config, _LAYOUT, f"{folder}annot"),
+        )
+        if not found.images:
             raise UserError(f"camvid: no .png or .jpg images in {root / folder}; add them")
-        masks = prepare.data_folder(config, _LAYOUT, f"{folder}annot")
-        splits[split] = [(stem, path, masks / f"{stem}.png") for stem, path in images.items()]
+        splits[split] = [(found, name) for name in found.images]
+    all_pairs = dict.fromkeys(found for of in splits.values() for found, _ in of)
     reading = Reading.of(config)
+
+    def example(_: str, item: tuple[pairs.Pairs, str]) -> prepare.Example:
+        found, name = item
+        return found.read(name, TABLE, reading)
+
     return prepare.DataSet(
         name="camvid",
         labels=LABELS,
         splits=splits,
-        example=lambda _, pair: prepare.read_pair(*pair, range(len(LABELS)), 11, reading),
-        source=[prepare.file_stamp(p) for of in splits.values() for _, *pair in of for p in pair],
+        example=example,
+        source=[stamp for found in all_pairs for stamp in found.stamps],
+        faults=tuple(fault for found in all_pairs for fault in found.faults),
     )

@@ -23,10 +23,10 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from protoseg_jax import images
-from protoseg_jax.data import prepare
+from protoseg_jax.data import masks, prepare
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.data.reading import Reading, colours_used
-from protoseg_jax.errors import UserError, reason
+from protoseg_jax.errors import Fault, UserError, reason
 
 _CLASSES = (
     (7, "road", (128, 64, 128)),
@@ -51,7 +51,9 @@ _CLASSES = (
 )
 IDS, _NAMES, _COLOURS = zip(*_CLASSES, strict=True)  # the label id of each train id, …
 LABELS = LabelSet(_NAMES, _COLOURS)
-_UNKNOWN_ID = 34  # the first id that Cityscapes does not use
+# Ids of no train id; 255 is −1, the licence plate's.
+_VOID = [*(set(range(34)) - set(IDS)), 255]
+TABLE = masks.numbered(_NAMES, IDS, _VOID, "use the files …_gtFine_labelIds.png")
 
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _ZIPS = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
@@ -101,23 +103,18 @@ def _example(
         data = images.encode(pixels, ".bmp")
     if label is None:
         return prepare.Example(image_id, data, np.full(size, VOID, np.uint8), pixels=pixels)
-    where = f"of {image_id}"
-    ids, palette = reading.mask(label, where)
-    if ids.shape != size:
-        raise UserError(
+    where = f"{image_id}_gtFine_labelIds.png"
+    mask = reading.mask(label, where)
+    shape = mask.values.shape[:2]
+    if shape != size:
+        raise Fault(
+            "mask of another size than its image",
             f"cityscapes: image {image_id} is {size[0]}×{size[1]} but its labels are "
-            f"{ids.shape[0]}×{ids.shape[1]} (height×width); fetch both again"
+            f"{shape[0]}×{shape[1]} (height×width)",
+            "fetch both again",
         )
-    strange = (ids >= _UNKNOWN_ID) & (ids != VOID)
-    if strange.any():
-        raise UserError(
-            f"cityscapes: the labels of {image_id} hold {int(ids[strange][0])}, which is "
-            "no label id; use the files …_gtFine_labelIds.png"
-        )
-    table = np.full(256, VOID, np.uint8)
-    table[list(IDS)] = np.arange(len(IDS))
-    colours = colours_used(ids, palette)
-    return prepare.Example(image_id, data, table[ids], pixels=pixels, mask=where, colours=colours)
+    labels, values = TABLE.labels(mask, where)
+    return prepare.Example(image_id, data, labels, None, pixels, where, colours_used(mask), values)
 
 
 def _members(path: Path) -> dict[str, zipfile.Path]:

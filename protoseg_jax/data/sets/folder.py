@@ -1,58 +1,92 @@
 """`folder`: anyone's own data.
 
 ```
-images/      PNG or JPEG, any sizes
-masks/       indexed or grey 8-bit PNG of the same stem: class numbers, or `data.mask_values`; void
-classes.txt  one class name a line, number 0 first
-train.txt, validation.txt, test.txt   optional: one stem a line
+images/      images of any sizes, in folders below it too
+masks/       a mask for each, of the same folders and name (and `data.mask_suffix`)
+classes.txt  one class name a line; after a tab, the mask values and colours that mean it
+train.txt, validation.txt, test.txt   optional: one image a line
 ```
 
-Without `train.txt` and `validation.txt` a seeded fifth of the images is held out for validation.
+Images are PNG, JPEG, TIFF, WebP or BMP; masks the same without loss, grey, indexed or in colour.
+What their pixels mean is in `data/masks.py`. Without `train.txt` and `validation.txt` a seeded
+fifth of the images is held out for validation. Folders of other names: `data.images`, `data.masks`,
+which may be one and the same.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
 
-from protoseg_jax.data import prepare
-from protoseg_jax.data.labels import VOID, LabelSet, generic
+from protoseg_jax.data import masks, pairs, prepare
 from protoseg_jax.data.reading import Reading, lines_in
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import Fault, UserError
 
-_LAYOUT = "images/, masks/ and classes.txt"
+_LISTS = ("train", "validation", "test")
 _ONE_IN = 5  # images is held out
 
 
 def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
-    """The pairs of each split, in the order of its list; `data.void` is their "no label"."""
-    root = prepare.data_folder(config, _LAYOUT)
-    masks = prepare.data_folder(config, _LAYOUT, "masks")
-    images = prepare.images_in(prepare.data_folder(config, _LAYOUT, "images"))
-    labels, reading = generic(_class_names(root / "classes.txt")), Reading.of(config)
-    values, void = _mask_values(config, labels)
-    splits, drawn = _listed(root, images), None
-    if not splits:
-        if len(images) < 2:
+    """The pairs of each split, in the order of its list."""
+    data = config.data
+    layout = f"{data.images}/, {data.masks}/ and classes.txt"
+    root = prepare.data_folder(config, layout)
+    _check(data)
+    labels, table = masks.read_classes(root / "classes.txt", int(data.void))
+    found = pairs.Pairs.of(
+        prepare.data_folder(config, layout, data.images),
+        prepare.data_folder(config, layout, data.masks),
+        pairs.mask_ending(data.mask_suffix),
+    )
+    if not found.images:
+        raise UserError(
+            f"folder: no image in {found.folder}; put PNG, JPEG, TIFF, WebP or BMP files there"
+        )
+    splits, faults, drawn = _listed(root, found, data.images), list(found.faults), None
+    if splits:
+        for split, items in splits.items():
+            faults += [item for item in items if isinstance(item, Fault)]
+            splits[split] = [item for item in items if not isinstance(item, Fault)]
+    else:
+        if len(found.images) < 2:
             raise UserError(
-                f"folder: {len(images)} image(s) in images/; at least 2 are needed to hold one out"
+                f"folder: {len(found.images)} image(s) in {found.folder}; at least 2 are needed to "
+                "hold one out"
             )
-        drawn = prepare.draw_split(list(images), config.seed, _ONE_IN)
-        splits = drawn = {split: sorted(stems) for split, stems in drawn.items()}
+        splits = drawn = prepare.draw_split(list(found.images), config.seed, _ONE_IN)
+    reading = Reading.of(config)
+    return prepare.DataSet(
+        name="folder",
+        labels=labels,
+        splits=splits,
+        example=lambda _, name: found.read(name, table, reading),
+        source=[*found.stamps, table, splits, [str(fault) for fault in faults]],
+        drawn=drawn,
+        void=int(data.void) if table.is_plain else None,
+        faults=tuple(faults),
+        doubts=(*found.doubts(), *_unlisted(found, splits)),
+    )
 
-    def example(_: str, stem: str) -> prepare.Example:
-        mask = masks / f"{stem}.png"
-        return prepare.read_pair(stem, images[stem], mask, values, void, reading)
 
-    paths = [*images.values(), *(masks / f"{stem}.png" for stem in images)]
-    source = [*map(prepare.file_stamp, paths), labels.names, values, void, splits]
-    told = void if isinstance(values, range) else None
-    return prepare.DataSet("folder", labels, splits, example, source, drawn=drawn, void=told)
+def _check(data: ml_collections.ConfigDict) -> None:
+    """Raise what is wrong with the settings."""
+    if not 0 <= int(data.void) <= 255:
+        raise UserError(f"data.void={data.void} must lie in 0–255; set --config.data.void")
+    if data.get("mask_values"):
+        raise UserError(
+            f"data.mask_values={tuple(data.mask_values)} stands in classes.txt now; write a tab "
+            "and its mask value after each class's name there"
+        )
+    if data.images == data.masks and not data.mask_suffix:
+        raise UserError(
+            f"data.images and data.masks are both {data.images!r}; set --config.data.mask_suffix "
+            "to what tells a mask's name from its image's, like _mask"
+        )
 
 
-def _listed(root: Path, images: Collection[str]) -> dict[str, list[str]]:
-    """The stems of each split by the lists, none without any."""
-    lists = {n: root / f"{n}.txt" for n in ("train", "validation", "test")}
+def _listed(root: Path, found: pairs.Pairs, folder: str) -> dict[str, list[str | Fault]]:
+    """The names of each split by the lists, and what is wrong with them; none without any list."""
+    lists = {name: root / f"{name}.txt" for name in _LISTS}
     present = {name: path for name, path in lists.items() if path.is_file()}
     for name in ("train", "validation") if present else ():
         if name not in present:
@@ -60,49 +94,20 @@ def _listed(root: Path, images: Collection[str]) -> dict[str, list[str]]:
                 f"folder: {lists[name]} is missing beside {next(iter(present.values())).name}; "
                 "write both train.txt and validation.txt, or none for a seeded split"
             )
-    splits = {}
-    for name, path in present.items():
-        splits[name] = lines_in(path)
-        if not splits[name]:
+    names, splits = pairs.Names(found.images, folder), {}
+    for split, path in present.items():
+        lines = lines_in(path)
+        if not lines:
             raise UserError(f"folder: {path} lists no image; write one name a line")
-        for stem in splits[name]:
-            if stem not in images:
-                raise UserError(
-                    f"folder: {path} names {stem!r}, but images/ has no {stem}.png or .jpg"
-                )
+        splits[split] = [names.find(line, path) for line in lines]
     return splits
 
 
-def _class_names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"folder: {path} is missing; write one class name a line, class 0 first")
-    names = lines_in(path)
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise UserError(f"folder: {path} must name at least two classes, each once")
-    if len(names) > VOID:
-        raise UserError(f"folder: {path} names {len(names)} classes; {VOID} is the most")
-    return names
-
-
-def _mask_values(
-    config: ml_collections.ConfigDict, labels: LabelSet
-) -> tuple[Sequence[int], int | None]:
-    """(mask value of each class, that of no label unless a class has it)."""
-    void, values = int(config.data.void), tuple(config.data.mask_values)
-    if not 0 <= void <= 255:
-        raise UserError(f"data.void={void} must lie in 0–255; set --config.data.void")
-    if not values:
-        return range(len(labels)), void
-    wrong = None
-    if len(values) != len(labels):
-        wrong = f"gives {len(values)} mask value(s) to {len(labels)} classes"
-    elif not all(type(v) is int and 0 <= v <= 255 for v in values):
-        wrong = "holds what is no number in 0–255"
-    elif len(set(values)) < len(values):
-        wrong = "holds a value twice"
-    if wrong:
-        raise UserError(
-            f"data.mask_values={values} {wrong}; set --config.data.mask_values to the mask value "
-            f"of each class in order: {', '.join(labels.names)}"
-        )
-    return values, None if void in values else void
+def _unlisted(found: pairs.Pairs, splits: dict[str, Sequence[str]]) -> list[tuple[str, str, str]]:
+    """Doubts about images that no list names."""
+    listed = {name for of in splits.values() for name in of}
+    return [
+        ("image in no list", f"image {path} is in no list", "add it to train.txt, or leave it")
+        for name, path in found.images.items()
+        if name not in listed
+    ]

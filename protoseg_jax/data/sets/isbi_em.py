@@ -27,13 +27,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from protoseg_jax import images
-from protoseg_jax.data import prepare
+from protoseg_jax.data import masks, pairs, prepare
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.data.reading import Reading
 from protoseg_jax.errors import UserError
 
 # Light and dark as in the sections: membranes dark.
 LABELS = LabelSet(("membrane", "inside"), ((0, 114, 178), (240, 228, 66)))
+TABLE = masks.numbered(LABELS.names, [0, (1, 255)], ())
 _LAYOUT = "train-volume.tif and train-labels.tif, or image/ and label/ with a PNG a section"
 _ONE_IN = 3  # sections is held out
 
@@ -123,7 +124,9 @@ def _stacks(root: Path) -> tuple[list[Section], list[Path]]:
 def _folders(config: ml_collections.ConfigDict) -> tuple[list[Section], list[Path]]:
     """As `_stacks`, of one PNG a section."""
     folders = [prepare.data_folder(config, _LAYOUT, name) for name in ("image", "label")]
-    pictures, labels = map(prepare.images_in, folders)
+    (pictures, wrong), (labels, also_wrong) = map(pairs.images_in, folders)
+    for fault in (*wrong, *also_wrong):
+        raise fault
     for stem in pictures.keys() ^ labels.keys():
         there, missing = ("label", "image") if stem in labels else ("image", "label")
         raise UserError(
@@ -176,12 +179,5 @@ def _grey(page: Page, reading: Reading, *, binary: bool = False) -> np.ndarray:
 
 def _inside(page: Page, reading: Reading) -> UInt8[np.ndarray, "h w"]:
     """Labels of a page: 0 membrane, 1 inside."""
-    values = _grey(page, reading, binary=True)
-    found = np.unique(values).tolist()
-    if not (set(found) <= {0, 1} or set(found) <= {0, 255}):
-        shown = ", ".join(map(str, found[:4])) + (" …" if len(found) > 4 else "")
-        raise UserError(
-            f"labels {_where(page)} hold the values {shown}; they must be 0 (membrane) and "
-            "255 or 1 (inside)"
-        )
-    return (values > 0).astype(np.uint8)
+    values = _grey(page, reading, binary=True).astype(np.uint8)
+    return TABLE.labels(images.Mask(values), _where(page))[0]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from protoseg_jax import images
-from protoseg_jax.data import prepare
+from protoseg_jax.data import masks, pairs, prepare
 from protoseg_jax.data.labels import LabelSet
 from protoseg_jax.data.reading import Reading, lines_in
 from protoseg_jax.errors import UserError
@@ -28,6 +28,7 @@ LABELS = LabelSet(
     # Pascal's own: class c's bits 0, 1, 2 (then 3, 4, 5) are the high bits of red, green, blue.
     tuple(tuple(128 * (c >> n & 1) + 64 * (c >> (n + 3) & 1) for n in range(3)) for c in range(21)),
 )
+TABLE = masks.coloured(masks.numbered(LABELS.names), LABELS.colours, void=[(224, 224, 192)])
 _LAYOUT = "VOCdevkit/VOC2012/ as unpacked (JPEGImages/, SegmentationClass/, ImageSets/)"
 _AUGMENTED = ("train_aug.txt", "trainaug.txt")
 
@@ -66,7 +67,7 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
             )
 
     def example(_: str, item: tuple[str, Path, Path | None]) -> prepare.Example:
-        return prepare.read_pair(*item, range(len(LABELS)), 255, reading)
+        return pairs.read_pair(*item, TABLE, reading)
 
     source = [*map(prepare.file_stamp, paths), stems]
     return prepare.DataSet("voc", LABELS, splits, example, source, official=True)
