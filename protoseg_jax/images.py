@@ -18,6 +18,9 @@ from PIL import Image, UnidentifiedImageError
 
 from protoseg_jax.errors import Fault, UserError, reason
 
+# What does not decode is told here.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 # Surroundings shown on each side of a patch: cells, and at least this share of the image.
 _CONTEXT_CELLS = 2
 _CONTEXT_SHARE = 1 / 12
@@ -77,6 +80,12 @@ def decode_file(
             f"image {where} has transparent pixels, whose colour is not known",
             "save it without transparency",
         )
+    if about.mode in ("F", "I"):
+        raise Fault(
+            "image of another kind of numbers",
+            f"image {where} has 32-bit values",
+            "convert it to 8 bits",
+        )
     try:
         if about.mode == "CMYK":
             with _quietly_opened(data) as image:
@@ -93,6 +102,8 @@ def decode_file(
 
 def _decode(data: bytes, flags: int) -> np.ndarray:
     flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    if data[:4] == b"\x89PNG" and b"IEND" not in data:
+        raise ValueError("cut short")  # libpng would tell it, too
     array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if array is None:
         raise ValueError("not an image")

@@ -95,7 +95,10 @@ def _usage(module: types.ModuleType) -> str:
     """A module's docstring and its flags, for one screen."""
     lines = [(module.__doc__ or "").strip(), "", "flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
-        plain = isinstance(flag.default, str | int | float | list) and flag.default not in (False, [])
+        plain = isinstance(flag.default, str | int | float | list) and flag.default not in (
+            False,
+            [],
+        )
         default = f" (default {flag.default})" if plain else ""
         lines.append(f"  --{flag.name:<18} {flag.help}{default}")
     return "\n".join(lines)

@@ -131,10 +131,11 @@ class Findings:
         if len(thin) >= 3:
             names = ", ".join(repr(self._labels.names[c]) for c in thin[:3])
             self.doubt(
-                "mask that looks antialiased",
+                "mask of thin lines",
                 f"mask {mask or 'of ' + repr(example.image_id)} has {len(thin)} classes as lines "
                 f"one or two pixels wide ({names} …)",
-                "draw or export masks without antialiasing, and resize them by nearest neighbour",
+                "look at it: edges that antialiasing has blurred look so; draw or export masks "
+                "without it, and resize them by nearest neighbour",
             )
         step = max(1, min(rgb.shape[:2]) // 64)
         deviation = cv2.meanStdDev(np.ascontiguousarray(rgb[::step, ::step]))[1]

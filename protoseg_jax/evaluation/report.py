@@ -11,13 +11,12 @@ import functools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import measures, overlap, segmentation
 from protoseg_jax.files import read_json
-from protoseg_jax.models import weights
+from protoseg_jax.models import readers
 from protoseg_jax.run.phases import DIRECTIONS
 from protoseg_jax.run.workdir import FREE_KEYS, Workdir, flat
 
@@ -205,7 +204,7 @@ class Run:
                 found.append(f"{key} is {value}, not {wanted}")
         if name in ("voc", "cityscapes") and not start:
             found.append("no pretrained weights")
-        if start and Path(start).suffix not in weights.READERS:
+        if start and not readers.is_weights(start):
             found.append(f"it started from run {start}")
         return found
 

@@ -21,7 +21,7 @@ from protoseg_jax.data import prepare
 from protoseg_jax.data.source import statistics
 from protoseg_jax.errors import UserError
 from protoseg_jax.files import read_json
-from protoseg_jax.models import weights
+from protoseg_jax.models import readers, weights
 from protoseg_jax.models.directions import NO_CLASS
 from protoseg_jax.models.prototypes import class_connections, equal_blocks
 from protoseg_jax.progress import say
@@ -50,7 +50,7 @@ def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) ->
     if workdir and workdir.holds_run:
         follow(config, workdir.config().model)
     if "auto" in (model.stride_in, model.preprocessing):
-        if path and Path(path).is_dir():
+        if path and _is_run(path):
             follow(config, _other_run(path).config().model)
         elif path:
             origin = weights.load(path, network).origin
@@ -82,7 +82,7 @@ def initial(experiment: Experiment) -> Checkpoint:
     path = experiment.config.pretrained.path
     if experiment.config.model.head == "directions":
         return taken_apart(experiment, path)
-    if path and Path(path).is_dir():
+    if path and _is_run(path):
         return with_run(experiment, path)
     if path:
         network = models.network(experiment.config.model)
@@ -211,7 +211,7 @@ def taken_apart(experiment: Experiment, path: str | None) -> Checkpoint:
       UserError: the folder holds no such run; or one of another network, or that was trained on
         images that validate here.
     """
-    if not path or not Path(path).is_dir():
+    if not path or not _is_run(path):
         raise UserError(
             "model.head='directions' explains a trained network; set --config.pretrained.path to "
             f"the folder of a run with model.head='linear', not {path!r}"
@@ -293,6 +293,11 @@ def _last(other: Workdir, config: ml_collections.ConfigDict) -> str:
     """A run's last finished phase."""
     names = [phase.name for phase in phases_lib.from_config(config)]
     return other.checkpoints.finished(names)[-1]
+
+
+def _is_run(path: str) -> bool:
+    """Whether a path is of another run, and not of weights, which may be a folder, too."""
+    return Path(path).is_dir() and not readers.is_weights(path)
 
 
 def _other_run(path: str) -> Workdir:

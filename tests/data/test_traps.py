@@ -564,6 +564,32 @@ def test_the_table_of_traps(tmp_path):
     assert mark == "| a byte-order mark in classes.txt | – | accepted; as the plain form |"
 
 
+REFUSED_FORMS = {
+    "a colour that is in no line": "#7f4000 (1 pixels), which is no class's (the nearest is #80",
+    "a mask whose edges are blurred": "draw or export masks without antialiasing",
+    "masks as JPEG": "is a JPEG with lossy compression",
+    "JPEGs called .png as masks": "is a JPEG with lossy compression",
+    "a list entry with a slip": "the nearest is 'im2'",
+    "a broken link": "is a link to gone.png, which is not there",
+    "an image of 0 bytes": "is empty (0 bytes)",
+    "an image of 20,000 × 20,000": "has 400 million pixels",
+    "four faults at once": "4 faults in data set 'folder', listed above",
+}
+RENAMED = {"nested folders": "im0 is called day 0/im0", "a name in two Unicode forms": "im0é"}
+SOME = ("masks in colour with alpha", "images and masks in one folder", "masks as JPEG")
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_table_of_forms(tmp_path, names):
+    """Whatever has a way out ends as the plain form; the others are refused with the reason."""
+    kinds = tuple(kind for kind in data_traps.FORMS if names is None or kind.name in names)
+    for kind, row in zip(kinds, data_traps.rows(tmp_path, None, kinds), strict=True):
+        words = {**REFUSED_FORMS, **RENAMED}.get(kind.name, "accepted; as the plain form |")
+        assert words in row, row
+        assert ("refused" in row.rpartition("<br>")[2]) == (kind.name in REFUSED_FORMS), row
+        assert "traceback" not in row
+
+
 def test_what_the_table_says_of_what_was_accepted(tmp_path):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (4, 4, 3)).astype(np.uint8) for _ in range(3)]
