@@ -380,7 +380,10 @@ class Outcome:
 
 def outcome(root: Folder, cache: Folder, settings: Mapping[str, Any], check: bool) -> Outcome:
     """Prepare a folder, by whichever checkout this process has imported."""
-    config = configs.load("folder:scratch")
+    try:
+        config = configs.load("folder:scratch")
+    except TypeError:  # an older checkout has that row alone
+        config = configs.load("folder")
     config.model.update({"depth": 14, "width": 8})
     config.data.update({"dir": str(root), "cache": str(cache), **settings})
     said, found = io.StringIO(), Outcome()
