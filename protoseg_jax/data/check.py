@@ -94,6 +94,8 @@ def _summary(dataset: prepare.DataSet, findings: Findings) -> list[str]:
     splits = findings.splits
     images = sum(split.images for split in splits.values())
     lines = [f"{dataset.name}: {images} images with masks that can be read", ""]
+    if not images:
+        return lines
     rows = [["split", "images", "smallest", "largest", "labelled"]]
     for name, split in splits.items():
         sizes = [f"{h}×{w}" for h, w in (split.smallest, split.largest)]

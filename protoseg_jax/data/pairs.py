@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
@@ -148,10 +149,9 @@ class Pairs:
         """That an image has no mask."""
         wanted = self.mask_folder / f"{name}{self.ending}.png"
         fact = f"image {self.images[name]} has no mask {wanted}"
-        longer = sorted(other for other in self.masks if other.startswith(name) and other != name)
-        if longer and not self.ending and longer[0] not in self.images:
-            fact += f", but {self.masks[longer[0]]} is there"
-            remedy = f"set --config.data.mask_suffix={longer[0][len(name) :]}"
+        if self._other_ending and name + self._other_ending in self.masks:
+            fact += f", but {self.masks[name + self._other_ending]} is there"
+            remedy = f"set --config.data.mask_suffix={self._other_ending}"
             return Fault("image without a mask", fact, remedy)
         last = name.rpartition("/")[2]
         same = [path for other, path in self.masks.items() if other.rpartition("/")[2] == last]
@@ -165,8 +165,22 @@ class Pairs:
         return [
             ("mask without an image", f"mask {path} has no image", "add the image, or remove it")
             for name, path in self.masks.items()
-            if name not in self.images
+            if name not in self.images and not self._is_of(name)
         ]
+
+    @functools.cached_property
+    def _other_ending(self) -> str:
+        """What masks' names have behind their images', where that is not told yet."""
+        for name in () if self.ending else self.images:
+            if name not in self.masks:
+                longer = [n for n in self.masks if n.startswith(name) and n not in self.images]
+                return min(longer, key=len)[len(name) :] if longer else ""
+        return ""
+
+    def _is_of(self, mask: str) -> bool:
+        """Whether a mask is of an image, but for an ending that is not told yet."""
+        ending = self._other_ending
+        return bool(ending) and mask.endswith(ending) and mask[: -len(ending)] in self.images
 
 
 class Names:
