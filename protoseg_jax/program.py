@@ -116,12 +116,13 @@ def _parse(argv: Sequence[str], module: types.ModuleType) -> list[str]:
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
         exit_with(f"command line: {one_line(error)}")
     wanted = getattr(module, "ARGUMENTS", ())
-    several = bool(wanted) and wanted[-1].endswith("…")
+    several = bool(wanted) and wanted[-1].rstrip("]").endswith("…")
+    needed = [name for name in wanted if not name.startswith("[")]
     if len(rest) - 1 > len(wanted) and not several:
         unexpected = rest[1 + len(wanted)]
         exit_with(f"command line: unexpected argument {unexpected!r}; flags are --name=value")
-    if len(rest) - 1 < len(wanted):
-        exit_with(f"command line: {' '.join(wanted[len(rest) - 1 :])} missing")
+    if len(rest) - 1 < len(needed):
+        exit_with(f"command line: {' '.join(needed[len(rest) - 1 :])} missing")
     return rest
 
 
@@ -130,7 +131,8 @@ def run(module: types.ModuleType, argv: Sequence[str]) -> None:
 
     Args:
       module: it has defined its absl flags; its docstring is the help; `main` is called with the
-        arguments that are no flags, named by `ARGUMENTS` ("NAME …", last: one or more).
+        arguments that are no flags, named by `ARGUMENTS` ("NAME …", last: one or more; "[NAME]":
+        it may be left out).
       argv: the program's name and arguments.
     """
     sys.path.append(os.getcwd())  # for what a config names by a dotted path

@@ -1,7 +1,7 @@
 """Segment images: files, folders with all below them, patterns ('photos/**/*.jpg').
 
 protoseg segment IMAGE … --workdir=DIR [--out=DIR/segmented] [--phase=NAME]
-    [--overlay] [--probabilities] [--evidence]
+    [--images=PATH,…] [--overlay] [--probabilities] [--evidence]
 
 Writes OUT/NAME.png, the class of each pixel in the run's colours, under the images' own names, as
 `eval.py` does it; the same command goes on where it stopped. An image that fails does not stop the
@@ -12,9 +12,10 @@ from absl import flags
 
 from protoseg_jax.errors import UserError
 
-ARGUMENTS = ("IMAGE …",)
+ARGUMENTS = ("[IMAGE …]",)
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_IMAGES = flags.DEFINE_list("images", [], "Images too: paths, separated by commas.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; default DIR/segmented.")
 _PHASE = flags.DEFINE_string("phase", None, "Whose network; default: the last finished one.")
 _OVERLAY = flags.DEFINE_bool("overlay", False, "Also the image under its classes' colours.")
@@ -24,6 +25,9 @@ _DEVICES = flags.DEFINE_integer("devices", None, "Parts a CPU is split into; def
 
 
 def main(*given: str) -> None:
+    given = (*given, *_IMAGES.value)
+    if not given:
+        raise UserError("command line: IMAGE … missing; name files, folders or patterns")
     if _WORKDIR.value is None:
         raise UserError("no --workdir given; name the folder that train.py wrote")
 

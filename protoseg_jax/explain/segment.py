@@ -38,6 +38,7 @@ from jaxtyping import Float, UInt8
 
 from protoseg_jax import images, models
 from protoseg_jax.data import tiles
+from protoseg_jax.data.pairs import files_below
 from protoseg_jax.errors import UserError, full_disk, reason
 from protoseg_jax.explain import evidence
 from protoseg_jax.explain.model import Model, assemble
@@ -46,7 +47,6 @@ from protoseg_jax.inference import Inference
 from protoseg_jax.program import Interrupts
 from protoseg_jax.progress import Progress, say
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 KINDS = ("overlay", "probabilities", "evidence")
 _ENDINGS = {
     "labels": ".png",
@@ -79,7 +79,8 @@ def find(given: Sequence[str], out: Path) -> dict[str, Path]:
                 here.append((name, file))
         if not here:
             raise UserError(
-                f"no image at {text!r}; name files, folders or patterns of {', '.join(SUFFIXES)}"
+                f"no image at {text!r}; name files, folders or patterns of "
+                f"{', '.join(images.SUFFIXES)}"
             )
         for name, file in here:
             other = found.setdefault(name, file)
@@ -100,17 +101,18 @@ def _named(text: str) -> Iterator[tuple[str, Path]]:
         return
     base = Path(text)
     if os.path.isdir(text):
-        files = base.rglob("*")
+        files = files_below(base, images.SUFFIXES)
     else:
         base = Path(*itertools.takewhile(lambda part: not _WILD & set(part), base.parts))
         hits = [Path(hit) for hit in glob.glob(text, recursive=True)]
         files = itertools.chain.from_iterable(
-            hit.rglob("*") if hit.is_dir() else [hit] for hit in hits
+            files_below(hit, images.SUFFIXES) if hit.is_dir() else [hit] for hit in hits
         )
     for file in sorted(set(files)):
         below = file.relative_to(base)
         hidden = any(part.startswith(".") for part in below.parts)
-        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
+        there = file.is_file() or file.is_symlink()  # a broken link fails, and is told
+        if file.suffix.lower() in images.SUFFIXES and not hidden and there:
             yield str(below.with_suffix("")), file
 
 

@@ -1,6 +1,10 @@
 """Images into files: the same classes as eval.py's, whatever fails, stops or is large."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -237,3 +241,46 @@ def test_strips_are_the_whole(monkeypatch):
         own = np.take_along_axis(shares, labels[..., None], -1)[..., 0]
         np.testing.assert_array_equal(own, shares.max(-1))  # 16 bits may tie
         np.testing.assert_allclose(shares.sum(-1), 1, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(small_run, folder, tmp_path):
+    """Wherever it is killed, the same command ends with the files of an undisturbed one."""
+    rng = np.random.default_rng(0)
+    for n in range(40):
+        size = tuple(rng.integers(20, 700, 2))
+        pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        (tmp_path / "own" / f"day{n % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "own" / f"day{n % 3}" / f"{n:02d}.png")
+
+    def command(out):
+        line = [sys.executable, "-m", "protoseg_jax", "segment", str(tmp_path / "own")]
+        line += [f"--workdir={small_run.workdir.path}", f"--out={out}", "--overlay", "--devices=1"]
+        return [*line, "--probabilities"]
+
+    def files(out):
+        return {
+            str(path.relative_to(out)): path.read_bytes()
+            for path in out.rglob("*")
+            if path.is_file() and path.name not in ("segment.json", "segmented.jsonl")
+        }
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    out, seen = tmp_path / "killed", 0
+    for kills in range(2):
+        process = subprocess.Popen(
+            command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        # Some files further on, at another moment of a write each time.
+        while process.poll() is None and len(list(out.rglob("*.png"))) < seen + 8:
+            time.sleep(0.01)
+        time.sleep(0.003 * kills)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        seen = len(list(out.rglob("*.png")))
+        for path in out.rglob("*.png"):  # nothing is written half
+            Image.open(path).load()
+    last = subprocess.run(command(out), capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert "of 40 images are done already" in last.stderr
+    assert files(out) == files(tmp_path / "whole") and len(files(out)) == 120
