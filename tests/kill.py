@@ -63,11 +63,12 @@ def command(data: pathlib.Path, cache: pathlib.Path, workdir: pathlib.Path) -> l
 def environment(scratch: pathlib.Path) -> dict[str, str]:
     """As many CPU devices as users have, and compiled programs kept (where tests keep theirs, if
     they do), so that a restart costs seconds."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
     return {
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": " ".join(f for f in flags if "device_count" not in f),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

@@ -24,11 +24,11 @@ def start(lines, scratch, devices=1):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = {
-        **kill.environment(scratch),
+    common = kill.environment(scratch)
+    common |= {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(len(lines)),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{common['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
     return [
         subprocess.Popen(
