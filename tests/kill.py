@@ -63,7 +63,7 @@ def command(data: pathlib.Path, cache: pathlib.Path, workdir: pathlib.Path) -> l
 def environment(scratch: pathlib.Path) -> dict[str, str]:
     """As many CPU devices as users have, and compiled programs kept (where tests keep theirs, if
     they do), so that a restart costs seconds."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = os.environ.get("XLA_FLAGS", "").split()  # tests compile in a way of their own
     return {
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
         **os.environ,

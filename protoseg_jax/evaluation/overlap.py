@@ -86,9 +86,7 @@ def sums(seen: Seen) -> OverlapSums:
         return top(full[0, :, :, 0], inside, _SHARE)
 
     def class_sums(own: Int[Array, " k"]) -> OverlapSums:
-        masks = jax.lax.map(active, jnp.maximum(own, 0)).reshape(len(own), -1).astype(jnp.int8)
-        # Counts in int32 are exact at any size, and on a CPU faster than in float32.
-        intersection = jnp.dot(masks, masks.T, preferred_element_type=jnp.int32)
+        intersection = _intersections(jax.lax.map(active, jnp.maximum(own, 0)))
         area = jnp.diagonal(intersection)
         union = area[:, None] + area - intersection
         pairs = (own >= 0) & (own >= 0)[:, None] & upper
@@ -103,6 +101,30 @@ def sums(seen: Seen) -> OverlapSums:
 
     zero = OverlapSums(*[jnp.zeros(())] * 4)
     return jax.lax.scan(add, zero, (jnp.arange(len(table)), jnp.asarray(table)))[0]
+
+
+_BLOCK = 2**26  # pixels of masks that are multiplied at once
+
+
+def _intersections(masks: Bool[Array, "k H W"]) -> Int[Array, "k k"]:
+    """Pixels that each two masks share: of large ones some rows at a time, as XLA widens them."""
+    count, height, width = masks.shape
+    blocks = max(count * height * width // _BLOCK, 1)
+    rows = -(-height // blocks)
+
+    def add(total: Int[Array, "k k"], first: Int[Array, ""]):
+        # The last rows may have been counted before: slices stay inside.
+        start = jnp.minimum(first, height - rows)
+        part = jax.lax.dynamic_slice_in_dim(masks, start, rows, 1)
+        part &= (start + jnp.arange(rows) >= first)[:, None]
+        part = part.reshape(count, -1).astype(jnp.int8)
+        # Counts in int32 are exact at any size, and on a CPU faster than in float32.
+        return total + jnp.dot(part, part.T, preferred_element_type=jnp.int32), None
+
+    zero = jnp.zeros((count, count), jnp.int32)
+    if rows == height:
+        return add(zero, 0)[0]
+    return jax.lax.scan(add, zero, jnp.arange(0, height, rows))[0]
 
 
 def figures(pooled: OverlapSums) -> dict[str, float | None]:

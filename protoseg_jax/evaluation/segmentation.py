@@ -102,11 +102,22 @@ def predict(
 ) -> UInt8[Array, "b H W"]:
     """The class of each pixel: logits at each image's own size, then the largest (see `upsample`).
 
+    Of a large canvas some rows at a time: no array of C maps has its size.
+
     Args:
       logits: feature-map resolution.
       sizes, out: as of `upsample`.
     """
-    return upsample(logits, sizes, out).argmax(-1).astype(jnp.uint8)
+
+    def classes(first: Int[Array, ""], rows: int) -> UInt8[Array, "b n W"]:
+        return upsample(logits, sizes, (rows, out[1]), first).argmax(-1).astype(jnp.uint8)
+
+    rows = max(_STRIP // (len(logits) * out[1] * logits.shape[-1]), 1)
+    if rows >= out[0]:
+        return classes(0, out[0])
+    firsts = jnp.arange(0, out[0], rows)
+    found = jax.lax.map(functools.partial(classes, rows=rows), firsts)
+    return jnp.moveaxis(found, 0, 1).reshape(len(logits), -1, out[1])[:, : out[0]]
 
 
 _STRIP = 2**24  # values of upsampled logits at once

@@ -108,6 +108,14 @@ def test_overlap_is_the_literal_one(seed):
     assert sums.pairs == expected[1]
 
 
+@pytest.mark.parametrize("block", [1, 100, 217, 10**6])
+def test_pixels_that_masks_share(monkeypatch, block):
+    masks = np.random.default_rng(0).random((3, 13, 11)) < 0.4
+    monkeypatch.setattr(overlap, "_BLOCK", block)
+    flat = masks.reshape(3, -1).astype(int)
+    np.testing.assert_array_equal(overlap._intersections(masks), flat @ flat.T)
+
+
 def test_overlap_of_equal_maps_is_1_and_of_apart_maps_0():
     similarities, labels, sizes = overlap_example(0)
     equal = overlap_sums(np.repeat(similarities[..., :1], len(CLASSES), -1), labels, sizes)

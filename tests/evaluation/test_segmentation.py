@@ -80,6 +80,15 @@ def test_predict_takes_the_largest_logit_of_each_pixel():
     np.testing.assert_array_equal(found, np.asarray(upsample(maps, SIZES)).argmax(-1))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 7])
+def test_predict_some_rows_at_a_time(monkeypatch, rows):
+    maps = np.random.default_rng(1).normal(size=(len(SIZES), 5, 6, 3)).astype(np.float32)
+    whole = np.asarray(segmentation.predict(maps, SIZES, CANVAS))
+    monkeypatch.setattr(segmentation, "_STRIP", rows * len(SIZES) * CANVAS[1] * 3)
+    assert rows < CANVAS[0]
+    np.testing.assert_array_equal(segmentation.predict(maps, SIZES, CANVAS), whole)
+
+
 def slow_confusion(predictions, labels, num_classes):
     matrix = np.zeros((num_classes, num_classes), np.int64)
     for prediction, label in zip(predictions.flat, labels.flat, strict=True):
