@@ -18,6 +18,7 @@ from protoseg_jax.images import pad_and_crop, resize_image
 
 _THREADS = 2  # reading threads of one process; OpenCV releases the interpreter's lock
 _READ_AHEAD = 8  # batches held ready by a process
+_HUGE, _UNLIKE = 2**23, 4  # pixels of a label that are no trifle, and times another's
 _CANVAS_STEP = 64  # label canvases are multiples of this, so that few sizes are compiled
 
 
@@ -84,6 +85,22 @@ class _ForEvaluation:
         return {"image": image, "label": example["label"], "index": np.int32(index)}
 
 
+def _of_like_sizes(
+    examples: Iterator[dict[str, Any]], batch_size: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Batches in order, each of at most so many, none of a huge label beside a small one."""
+    batch: list[dict[str, Any]] = []
+    for example in examples:
+        areas = [e["label"].size for e in (*batch, example)]
+        unlike = max(areas) > max(_HUGE, _UNLIKE * min(areas))
+        if batch and (len(batch) == batch_size or unlike):
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
 def eval_batches(
     source: Any,
     *,
@@ -97,7 +114,8 @@ def eval_batches(
     """Every example once, in order, at evaluation preprocessing; the last batch is filled up.
 
     Images are resized to the one `eval_size` (never padded: padding changes features well inside
-    an image). Labels keep their own size, at the top left of a canvas of void common to the batch.
+    an image). Labels keep their own size, at the top left of a canvas of void common to the batch;
+    one process fills a batch up early where small ones would lie on a huge one's canvas.
 
     Args:
       source: random-access examples ("image", "label").
@@ -116,7 +134,6 @@ def eval_batches(
     """
     number, parts = part
     count = len(source) - start
-    batches = -(-count // (parts * batch_size))
     dataset = grain.MapDataset.source(_ForEvaluation(source, eval_size))[start + number :: parts]
     examples = iter(_read(dataset, workers) if len(dataset) else ())
     filling = {
@@ -124,8 +141,12 @@ def eval_batches(
         "label": np.full((1, 1), VOID, np.uint8),
         "index": np.int32(-1),
     }
-    for _ in range(batches):
-        batch = list(itertools.islice(examples, batch_size))
+    if parts > 1:
+        batches = -(-count // (parts * batch_size))
+        groups = (list(itertools.islice(examples, batch_size)) for _ in range(batches))
+    else:
+        groups = _of_like_sizes(examples, batch_size)
+    for batch in groups:
         batch += [filling] * (batch_size - len(batch))
         sizes = np.array([e["label"].shape for e in batch], np.int32)
         canvas = np.max(sizes if largest is None else [largest], axis=0)

@@ -7,7 +7,8 @@ number, then to the earlier point in row-major order, so the result does not dep
 fall to devices.
 """
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.struct
@@ -212,10 +213,18 @@ def search(
             result = merge(result, jax.tree.map(lambda x, d=device: x[d], parts), k)
         return jax.tree.map(np.asarray, result)
 
+    counts: collections.deque[int] = collections.deque()  # of batches on their way
+
+    def counted() -> Iterator[dict[str, np.ndarray]]:
+        for batch in experiment.eval_batches(split, done):
+            filled = int((batch["index"] >= 0).sum()) if pool.processes == 1 else stride
+            counts.append(filled)
+            yield batch
+
     with Progress(title, total, done, unit="image") as progress:
-        for batch in pool.prefetch(experiment.eval_batches(split, done)):
+        for batch in pool.prefetch(counted()):
             tables = mapped(tables, variables, batch)
-            progress.update(min(stride, total - progress.done))
+            progress.update(min(counts.popleft(), total - progress.done))
             if after_batch and progress.done < total:
                 after_batch(progress.done, best)
     return best()

@@ -282,16 +282,14 @@ def _make(
             batch_size=batch_size,
             workers=config.data.workers,
         )
-        done = 0
         for batch in pool.prefetch(images):
-            found = jax.device_get(mapped(variables, batch))
-            count = min(batch_size, views.images - done)
-            rows = np.zeros(count, views.dtype)
+            found, index = jax.device_get((mapped(variables, batch), batch["index"]))
+            real = index.reshape(-1) >= 0
+            rows = np.zeros(int(real.sum()), views.dtype)
             for name, x in found.items():
-                rows[name] = x.reshape(-1, *x.shape[2:])[:count]
+                rows[name] = x.reshape(-1, *x.shape[2:])[real]
             yield rows
-            done += count
-            progress.update(count)
+            progress.update(len(rows))
 
     with Progress("views", len(missing) * views.images, 0, unit="image") as progress:
         for view in missing:

@@ -99,6 +99,24 @@ def test_evaluation_sees_every_example_once_at_one_size():
             assert (label[:, w:] == VOID).all() and (image == 40 * n).all()
 
 
+def test_a_huge_label_shares_no_canvas_with_small_ones(monkeypatch):
+    monkeypatch.setattr(pipeline, "_HUGE", 500)
+    monkeypatch.setattr(pipeline, "_UNLIKE", 3)
+    batches = list(pipeline.eval_batches(Mixed(), eval_size=(24, 32), batch_size=2))
+    areas = [int(np.prod(size)) for size in Mixed.SIZES]
+    index = [b["index"].tolist() for b in batches]
+    assert [n for of in index for n in of if n >= 0] == list(range(5)) and len(index) > 3
+    for of in index:
+        own = [areas[n] for n in of if n >= 0]
+        assert max(own) <= max(500, 3 * min(own))
+    # Two processes would not agree.
+    parts = [
+        len(list(pipeline.eval_batches(Mixed(), eval_size=(24, 32), batch_size=2, part=(p, 2))))
+        for p in range(2)
+    ]
+    assert parts == [2, 2]
+
+
 @pytest.mark.parametrize(("start", "number"), [(2, 0), (3, 1), (5, 0)])
 def test_evaluation_goes_on_from_an_example_for_a_part(start, number):
     """As a search does that was interrupted, in one of two processes."""
