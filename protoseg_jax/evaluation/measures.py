@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from protoseg_jax import extensions
 from protoseg_jax.data.labels import VOID
-from protoseg_jax.devices import psum, total
+from protoseg_jax.devices import total
 from protoseg_jax.inference import Inference, shrink_labels
 from protoseg_jax.models.protoseg import Output
 from protoseg_jax.progress import Progress
@@ -122,9 +122,14 @@ def take(
             progress.update(int((batch["index"] >= 0).sum()) * pool.processes)
     result = {}
     for m, found in zip(measures, zip(*passed, strict=True), strict=True):
-        collect, gather = (total, pool.first) if m.summed else (_joined, pool.all)
-        result |= m.finish(jax.tree.map(collect, *map(gather, found)))
+        collect = _total if m.summed else _joined
+        result |= m.finish(jax.tree.map(collect, *map(pool.all, found)))
     return result
+
+
+def _total(*parts: np.ndarray) -> np.ndarray:
+    """[devices, ...] of each batch → their sum, in 64 bits."""
+    return total(*(row for part in parts for row in part))
 
 
 def _joined(*parts: np.ndarray) -> np.ndarray:
@@ -138,9 +143,11 @@ def make_step(
     held_out: int | None,
     parts: tuple[tuple[Callable[[Seen], Any], bool], ...],
 ) -> Callable:
-    """step(variables, batch) → what each (step, summed) of `parts` found: psum'd, or by image.
+    """step(variables, batch) → what each (step, summed) of `parts` found: a device's sum, or images'.
 
-    The same arguments give the same function, so that measuring again compiles nothing.
+    The same arguments give the same function, so that measuring again compiles nothing. Devices
+    never wait for each other: one image may take minutes, and XLA ends a process whose CPU devices
+    meet 40 seconds apart.
     """
 
     def step(variables, batch):
@@ -158,7 +165,7 @@ def make_step(
 
         found = jax.lax.map(look, (batch, inference(variables, batch["image"])))
         return [
-            psum(jax.tree.map(lambda x: x.sum(0), tree)) if summed else tree
+            jax.tree.map(lambda x: x.sum(0), tree) if summed else tree
             for (_, summed), tree in zip(parts, found, strict=True)
         ]
 
