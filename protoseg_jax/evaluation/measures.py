@@ -143,7 +143,8 @@ def make_step(
     held_out: int | None,
     parts: tuple[tuple[Callable[[Seen], Any], bool], ...],
 ) -> Callable:
-    """step(variables, batch) → what each (step, summed) of `parts` found: a device's sum, or images'.
+    """step(variables, batch) → what each (step, summed) of `parts` found: a sum, or every image's.
+
 
     The same arguments give the same function, so that measuring again compiles nothing. Devices
     never wait for each other: one image may take minutes, and XLA ends a process whose CPU devices
