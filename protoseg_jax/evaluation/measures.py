@@ -145,7 +145,6 @@ def make_step(
 ) -> Callable:
     """step(variables, batch) → what each (step, summed) of `parts` found: a sum, or every image's.
 
-
     The same arguments give the same function, so that measuring again compiles nothing. Devices
     never wait for each other: one image may take minutes, and XLA ends a process whose CPU devices
     meet 40 seconds apart.
