@@ -142,8 +142,8 @@ def _huge(array: np.ndarray) -> bytes:
 
 
 def _blurred(mask: np.ndarray) -> np.ndarray:
-    """As drawn in greys of 0, 100 and 200 with soft edges."""
-    return cv2.GaussianBlur((100 * (mask % 3)).astype(np.uint8), (5, 5), 0)
+    """Things in white on black, with soft edges."""
+    return cv2.GaussianBlur((255 * (mask == 1)).astype(np.uint8), (5, 5), 0)
 
 
 def _outlined(mask: np.ndarray) -> np.ndarray:
@@ -283,7 +283,7 @@ def rows(planted: list[Planted], report: check.Report) -> list[str]:
     for fault in planted:
         of = (findings.faults if fault.fatal else findings.doubts).get(fault.kind)
         told = [fact for fact in of.facts if fault.name in fact] if of else []
-        text = f"`{told[0]}` → {of.remedy}" if told else "**not found**"
+        text = f"`{told[0]}` → {' / '.join(of.remedies)}" if told else "**not found**"
         count = "" if not of or of.count == 1 else f" ({of.count} of this kind)"
         lines.append(f"| {fault.kind}{count} | {'fault' if fault.fatal else 'warning'} | {text} |")
     known = {fault.kind for fault in planted}

@@ -39,6 +39,9 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if "Traceback (most recent call last)" in text:  # ml_collections, of an error in a config file
         text = text.strip().splitlines()[-1]
-    text = " ".join(text.split()) or type(error).__name__
-    # Names in a broken file may hold anything.
+    return printable(" ".join(text.split()) or type(error).__name__)
+
+
+def printable(text: str) -> str:
+    """Text of which every terminal can show each character; names of files may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

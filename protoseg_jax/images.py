@@ -28,8 +28,11 @@ _CONTEXT_SHARE = 1 / 12
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
 # What Pillow raises of a file that is cut short or of another kind.
 _BROKEN = (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError)
-_BROKEN += (struct.error, Image.DecompressionBombError)
-_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}  # that a TIFF, and EXIF data, begin with
+_BROKEN += (struct.error, RuntimeError, Image.DecompressionBombError)
+_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}  # that EXIF data, and a TIFF, begin with
+_TIFFS = (*_BYTE_ORDERS, b"II+\0", b"MM\0+")  # and one beyond 4 GiB
+
+_OTHER_NUMBERS = "image of another kind of numbers"
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 """Endings of image files, in lower case."""
@@ -62,12 +65,7 @@ def decode_file(
     if not data:
         raise Fault("empty image", f"image {where} is empty (0 bytes)", "copy it anew")
     about = header(data)
-    if about.pixels > (Image.MAX_IMAGE_PIXELS or np.inf) * 2:
-        raise Fault(
-            "image that is too large",
-            f"image {where} has {about.pixels / 1e6:.0f} million pixels, more than are read",
-            "cut it into pieces",
-        )
+    _check_size(about, "image", where)
     if about.frames > 1:
         raise Fault(
             "image of several pictures",
@@ -81,23 +79,33 @@ def decode_file(
             "save it without transparency",
         )
     if about.mode in ("F", "I"):
-        raise Fault(
-            "image of another kind of numbers",
-            f"image {where} has 32-bit values",
-            "convert it to 8 bits",
-        )
+        raise Fault(_OTHER_NUMBERS, f"image {where} has 32-bit values", "convert it to 8 bits")
     try:
         if about.mode == "CMYK":
             with _quietly_opened(data) as image:
                 return np.array(image.convert("RGB")), about
-        return _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH), about
+        pixels = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
     except (*_BROKEN, cv2.error) as error:
         why = "cut short, or damaged" if about.mode else "of no known format"
-        if isinstance(error, cv2.error) and "pixels" in str(error).lower():
-            why = "too large"
         raise Fault(
             "image that does not decode", f"image {where} does not decode ({why})", "replace it"
         ) from error
+    if not about.mode:  # what Pillow does not know nobody has looked at: alpha, pages, bits
+        raise Fault(
+            _OTHER_NUMBERS,
+            f"image {where} is neither grey nor RGB with 8 or 16 bits",
+            "convert it to such a one",
+        )
+    return pixels, about
+
+
+def _check_size(about: "Header", what: str, where: object) -> None:
+    if about.pixels > (Image.MAX_IMAGE_PIXELS or np.inf) * 2:
+        raise Fault(
+            f"{what} that is too large",
+            f"{what} {where} has {about.pixels / 1e6:.0f} million pixels, more than are read",
+            "cut it into pieces",
+        )
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray:
@@ -107,7 +115,7 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if array is None:
         raise ValueError("not an image")
-    if data[:4] in _BYTE_ORDERS:  # a TIFF, which OpenCV turns nevertheless
+    if data[:4] in _TIFFS:  # a TIFF, which OpenCV turns nevertheless
         array = _turned_back(array, header(data).orientation)
     return array
 
@@ -129,11 +137,7 @@ def eight_bits(
     if array.dtype == np.uint8:
         return array
     if array.dtype != np.uint16:
-        raise Fault(
-            "image of another kind of numbers",
-            f"image {where} has {array.dtype} values",
-            "convert it to 8 bits",
-        )
+        raise Fault(_OTHER_NUMBERS, f"image {where} has {array.dtype} values", "use 8 bits")
     if not white:
         raise Fault(
             "image of 16 bits",
@@ -178,7 +182,9 @@ def header(data: bytes) -> Header:
         with _quietly_opened(data) as image:
             # A phone's JPEG may hold a second picture (MPO), a preview.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            about = Header(1, frames, False, image.format, image.mode, image.width * image.height)
+            # TIFFs that pack 12 bits come to OpenCV's hands as other numbers.
+            mode = "" if "I;12" in _raw_modes(image) else image.mode
+            about = Header(1, frames, False, image.format, mode, image.width * image.height)
             if image.format == "PNG" and b"eXIf" in data:
                 image.load()  # that chunk may come after the pixels
             orientation = _orientation(image)
@@ -290,11 +296,11 @@ class Mask(NamedTuple):
     """A decoded mask.
 
     Attributes:
-      values: as stored: grey, palette indices (never their colours), or RGB.
+      values: as stored, whatever the bits: grey, palette indices (never their colours), or RGB.
       palette: red, green, blue of each index; b"" of a mask without.
       orientation: EXIF's (see `turned`).
-      opacity: alpha of each pixel; None where all are opaque.
-      bits: of a grey value or an index.
+      opacity: alpha of each pixel, also by PNG's transparent colour; None where all are opaque.
+      bits: 1 of a mask of one bit, else 8 or 16.
     """
 
     values: UInt8[np.ndarray, "h w *c"] | UInt16[np.ndarray, "h w"]
@@ -313,6 +319,7 @@ def decode_mask(data: bytes, where: object) -> Mask:
     """
     if not data:
         raise Fault("empty mask", f"mask {where} is empty (0 bytes)", "write it again")
+    _check_size(header(data), "mask", where)
     with _opened(io.BytesIO(data), f"mask {where} does not decode") as mask:
         if _lossy(mask, data):
             raise Fault(
@@ -322,6 +329,8 @@ def decode_mask(data: bytes, where: object) -> Mask:
                 "export it again as PNG (converting this file does not bring them back)",
             )
         _check_still(mask, f"mask {where}")
+        if told := _garbled(mask, data):
+            raise Fault("mask of another mode", f"mask {where} is {told}", "save it as 8-bit PNG")
         orientation, turns = _orientation(mask), mask.format == "TIFF"
         kept = _mask_arrays(mask, where)
         if turns:  # Pillow has turned it
@@ -331,14 +340,22 @@ def decode_mask(data: bytes, where: object) -> Mask:
         return Mask(palette=palette, orientation=orientation, bits=bits, **kept)
 
 
+def _garbled(mask: Image.Image, data: bytes) -> str | None:
+    """What a mask is whose values Pillow does not give as they are stored."""
+    if _crushed(mask):
+        return "in colour, or with alpha, with 16 bits a channel"
+    if mask.format == "BMP":
+        bits = int.from_bytes(data[28:30], "little")
+        if bits not in (1, 8, 24, 32) or (mask.mode == "1") != (bits == 1):
+            return f"a BMP of {bits} bits in a few greys"  # read as single bits, or as brighter
+    if mask.format == "TIFF" and mask.mode in ("1", "L") and mask.tag_v2.get(262) == 0:
+        return "a TIFF in which 0 is shown as white"
+    return None
+
+
 def _mask_arrays(mask: Image.Image, where: object) -> dict[str, np.ndarray]:
     """{"values", and "opacity" where any pixel is not opaque} of an opened mask."""
-    if _crushed(mask):
-        raise Fault(
-            "mask of another mode",
-            f"mask {where} is in colour with 16 bits a channel",
-            "save it with 8, or as indexed PNG",
-        )
+    raw = _raw_modes(mask)
     if mask.mode in ("1", "P", "L", "RGB") or mask.mode.startswith("I"):
         values, alpha = np.array(mask), None
     elif mask.mode in ("LA", "PA", "RGBA"):
@@ -359,8 +376,23 @@ def _mask_arrays(mask: Image.Image, where: object) -> dict[str, np.ndarray]:
                 "write it anew with others",
             )
         values = values.astype(np.uint8 if values.dtype == bool else np.uint16)
+    if alpha is None and mask.has_transparency_data:
+        alpha = _alpha_of(values, mask.info["transparency"])
+    for bits in (2, 4):  # of grey, which Pillow spreads over 0–255
+        if f"L;{bits}" in raw:
+            values = values // (255 // (2**bits - 1))
     opaque = alpha is None or (alpha == 255).all()
     return {"values": values, **({} if opaque else {"opacity": alpha})}
+
+
+def _alpha_of(values: np.ndarray, transparent: bytes | int | tuple) -> UInt8[np.ndarray, "h w"]:
+    """Alpha by PNG's tRNS: of each palette index, or 0 for one value or colour."""
+    if isinstance(transparent, bytes):
+        table = np.full(256, 255, np.uint8)
+        table[: len(transparent)] = np.frombuffer(transparent, np.uint8)
+        return table[values]
+    clear = values == np.array(transparent)
+    return np.where(clear.all(-1) if values.ndim == 3 else clear, 0, 255).astype(np.uint8)
 
 
 def _webp_chunks(data: bytes) -> set[bytes]:
@@ -413,7 +445,9 @@ def read_page(path: Path, page: int, where: str) -> tuple[str, np.ndarray, int]:
                 raise UserError(f"{where} has transparent pixels; save it without transparency")
         stack.seek(page)
         if _crushed(stack):
-            raise UserError(f"{where} is RGB with 16 bits a channel; convert it to 8-bit grey")
+            raise UserError(
+                f"{where} has 16 bits a channel, not grey alone; convert it to 8-bit grey"
+            )
         orientation = _orientation(stack)
         frame = stack.convert("RGB") if stack.mode == "P" else stack
         values = np.array(frame)
@@ -422,16 +456,19 @@ def read_page(path: Path, page: int, where: str) -> tuple[str, np.ndarray, int]:
         return frame.mode, values, orientation
 
 
-def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """An image as RGB bytes, as shown.
+def read(
+    image: ImageLike, white: int | None = None, *, as_shown: bool = True
+) -> UInt8[np.ndarray, "h w 3"]:
+    """An image as RGB bytes.
 
     Args:
       image: a path, a PIL image, or uint8 or uint16 [h w 3] RGB or [h w] grey.
       white: the value that is white in 16-bit images, if that is known (see `eight_bits`).
+      as_shown: whether an orientation is followed.
 
     Raises:
       UserError: it does not exist, does not decode, is neither RGB nor grey, is transparent, or has
-        16 bits without a `white`.
+        16 bits without a `white`, or that Pillow has cut to 8.
     """
     if isinstance(image, np.ndarray):
         pixels = image[..., None] if image.ndim == 2 else image
@@ -449,10 +486,15 @@ def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3
     if isinstance(image, Image.Image):
         _check_mode(image)
         if _crushed(image):
-            raise UserError("the image is RGB with 16 bits a channel; give its path")
-        deep = image.mode.startswith("I;16")
+            raise UserError(
+                "the image has 16 bits a channel, of which Pillow keeps 8; give its path"
+            )
+        deep, orientation = image.mode.startswith("I;16"), _orientation(image)
         pixels = np.array(image).astype(np.uint16) if deep else np.array(image.convert("RGB"))
-        return turned(read(pixels, white), 1 if image.format == "TIFF" else _orientation(image))
+        pixels = read(pixels, white)
+        if image.format == "TIFF":  # which Pillow has turned
+            return pixels if as_shown else _turned_back(pixels, orientation)
+        return turned(pixels, orientation) if as_shown else pixels
     try:
         data = Path(image).read_bytes()
     except FileNotFoundError as error:
@@ -460,7 +502,8 @@ def read(image: ImageLike, white: int | None = None) -> UInt8[np.ndarray, "h w 3
     except (OSError, ValueError) as error:
         raise UserError(f"image {image} cannot be read ({reason(error)})") from error
     pixels, about = decode_file(data, image)
-    return turned(eight_bits(pixels, white, image, _NO_WHITE), about.orientation)
+    pixels = eight_bits(pixels, white, image, _NO_WHITE)
+    return turned(pixels, about.orientation) if as_shown else pixels
 
 
 _NO_WHITE = "the run has no data.white, so convert the image to 8 bits"
@@ -476,9 +519,13 @@ def _check_mode(image: Image.Image) -> None:
 
 def _crushed(image: Image.Image) -> bool:
     """Whether Pillow, which has not yet read the pixels, will drop 8 of their 16 bits."""
-    raw = [tile[3] for tile in getattr(image, "tile", ())]
-    raw = [kind if isinstance(kind, str) else kind[0] for kind in raw]
-    return image.mode == "RGB" and any(kind and ";16" in kind for kind in raw)
+    return not image.mode.startswith("I") and any(";16" in kind for kind in _raw_modes(image))
+
+
+def _raw_modes(image: Image.Image) -> list[str]:
+    """How a file's pixels are packed, in Pillow's words, of an image that is not read yet."""
+    packed = [tile[3] for tile in getattr(image, "tile", ())]
+    return [kind if isinstance(kind, str) else str(kind[0]) for kind in packed if kind]
 
 
 def encode(

@@ -17,7 +17,7 @@ from protoseg_jax.data import prepare
 from protoseg_jax.data.findings import Findings
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.data.reading import Reading
-from protoseg_jax.errors import UserError
+from protoseg_jax.errors import UserError, printable
 from protoseg_jax.images import resize_labels, shrink
 from protoseg_jax.progress import Progress
 
@@ -64,7 +64,8 @@ def check(config: ml_collections.ConfigDict) -> Report:
             progress.update(1)
     findings.finish(config.data.train_split, dataset.void)
     sheet = _sheet(cells, dataset.labels) if cells else None
-    return Report(findings, [*_summary(dataset, findings), *findings.lines()], sheet)
+    lines = [*_summary(dataset, findings), *findings.lines()]
+    return Report(findings, [printable(line) for line in lines], sheet)
 
 
 def _examples(

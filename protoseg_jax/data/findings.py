@@ -27,19 +27,20 @@ class Kind:
       name: of the kind.
       count: how many there are.
       facts: of the first few.
-      remedy: of the first.
+      remedies: of these, each once.
     """
 
     name: str
     count: int = 0
     facts: list[str] = dataclasses.field(default_factory=list)
-    remedy: str = ""
+    remedies: list[str] = dataclasses.field(default_factory=list)
 
     def lines(self, title: str) -> list[str]:
         """For a person: what, which, and what to do."""
         shown = [f"  {fact}" for fact in self.facts]
         more = [f"  … and {self.count - len(self.facts)} more"] if self.count > len(shown) else []
-        return [f"{title}: {self.name} ({self.count})", *shown, *more, f"  → {self.remedy}"]
+        remedies = [f"  → {remedy}" for remedy in self.remedies]
+        return [f"{title}: {self.name} ({self.count})", *shown, *more, *remedies]
 
 
 @dataclasses.dataclass
@@ -153,6 +154,10 @@ class Findings:
           trains: the split that must have every class, if it is to be looked at.
           void: see `absent_classes`.
         """
+        if trains is not None and trains not in self.splits and not self.count:
+            names = ", ".join(self.splits) or "none"
+            fact = f"split {trains!r}, which trains, does not exist; there are: {names}"
+            self.fault(Fault("split that does not exist", fact, "set --config.data.train_split"))
         size = len(self._labels)
         for split, of in self.splits.items():
             pixels = of.pixels[:size]
@@ -200,10 +205,12 @@ def _keep(kinds: dict[str, Kind], error: UserError) -> None:
     fact, _, remedy = str(error).rpartition("; ")
     if isinstance(error, Fault):
         fact, remedy = error.fact, error.remedy
-    kind = kinds.setdefault(name, Kind(name, remedy=remedy))
+    kind = kinds.setdefault(name, Kind(name))
     kind.count += 1
     if len(kind.facts) < _SHOWN:
         kind.facts.append(fact or remedy)
+        if remedy not in kind.remedies:
+            kind.remedies.append(remedy)
 
 
 def _thin(label: UInt8[np.ndarray, "h w"], counts: np.ndarray) -> list[int]:

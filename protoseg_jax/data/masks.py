@@ -14,21 +14,25 @@ import dataclasses
 import difflib
 import functools
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from jaxtyping import Int16, UInt8, UInt16
 
 from protoseg_jax import images
 from protoseg_jax.data.labels import VOID, Colour, LabelSet, generic
-from protoseg_jax.data.reading import text_in
+from protoseg_jax.data.reading import colours_used, text_in
 from protoseg_jax.errors import Fault, UserError
 
 TRANSPARENT = "transparent"
 _UNKNOWN = -1
 _COLOUR = re.compile(r"#[0-9a-f]{6}", re.IGNORECASE)
 _NO_TAB = re.compile(r"#[0-9a-f]{6}\b|\s{2,}\d+(\s*,\s*\d+)*$", re.IGNORECASE)
+# Lines that end, and that begin, with numbers.
+_NUMBERED = (re.compile(r"(.*\S)[\s,;:=]+\d+"), re.compile(r"\d+[\s,;:=]+(\S.*)"))
 _NAMED = 3  # colours that a message counts
 
 _ADVICE = (
@@ -64,7 +68,8 @@ class MaskTable:
     def is_plain(self) -> bool:
         """Whether masks hold the classes' own numbers."""
         own = {value: label for value, label in self.values.items() if label != VOID}
-        return own == {n: n for n in range(len(self.names))} and not self.colours
+        others = self.colours or self.transparent is not None
+        return own == {n: n for n in range(len(self.names))} and not others
 
     def labels(
         self, mask: images.Mask, where: object
@@ -79,6 +84,8 @@ class MaskTable:
           Fault: a value or colour is in no line, or pixels are partly transparent; `where` names
             the mask.
         """
+        mask = self._without_idle_alpha(mask)
+        self._check_palette(mask, where)
         if mask.values.ndim == 3:
             meanings = self._of_rgb(mask.values, mask.opacity, where)
         elif self.values:
@@ -99,14 +106,33 @@ class MaskTable:
         meanings += [(f"#{code:06x}", label) for code, label in self.colours.items()]
         return [*meanings, (TRANSPARENT, self.transparent or 0)]
 
+    def _without_idle_alpha(self, mask: images.Mask) -> images.Mask:
+        """An index means what it does, transparent or not, unless the table says otherwise."""
+        idle = mask.palette and self.values and self.transparent is None
+        return mask._replace(opacity=None) if idle else mask
+
+    def _check_palette(self, mask: images.Mask, where: object) -> None:
+        """Refuse an index whose palette has the colour of another class."""
+        if not (mask.palette and self.values and self.colours):
+            return
+        for value, colour in colours_used(mask).items():
+            code = int.from_bytes(colour, "big")
+            if self.colours.get(code, self.values.get(value)) != self.values.get(value):
+                raise Fault(
+                    "palette that contradicts the classes",
+                    f"mask {where} shows its value {value} in the colour #{code:06x}, and classes "
+                    "have these the other way",
+                    "leave out the values or the colours in classes.txt, whichever is not meant",
+                )
+
     def _of_values(self, mask: images.Mask, where: object) -> Int16[np.ndarray, "h w"]:
         values, table = mask.values, self._by_value
-        if mask.bits == 1 and 1 not in self.values and 255 in self.values:
+        if mask.bits == 1 and 1 not in self.values and self.values.get(255, VOID) != VOID:
             values = np.where(values, 255, 0)  # white
         found = table[values]
         strange = _visible(found == _UNKNOWN, mask.opacity)
         if strange.any():
-            raise self._strange_values(values[strange], strange.size, where)
+            raise self._strange_values(values, strange, where)
         return found
 
     def _of_rgb(
@@ -126,7 +152,7 @@ class MaskTable:
         found = self._by_colour[codes]
         strange = _visible(found == _UNKNOWN, opacity)
         if strange.any():
-            raise self._strange_colours(codes[strange], strange.size, where)
+            raise self._strange_colours(codes, strange, where)
         return found
 
     def _clear(
@@ -157,8 +183,8 @@ class MaskTable:
     def _by_colour(self) -> Int16[np.ndarray, " 16777216"]:
         return _table(self.colours, 2**24, len(self.values))
 
-    def _strange_values(self, found: np.ndarray, pixels: int, where: object) -> Fault:
-        counted = _most(found)
+    def _strange_values(self, values: np.ndarray, strange: np.ndarray, where: object) -> Fault:
+        counted = _most(values[strange])
         value, count = counted[0]
         of_classes = [v for v, label in self.values.items() if label != VOID]
         of_void = [v for v, label in self.values.items() if label == VOID]
@@ -167,7 +193,7 @@ class MaskTable:
             f"{_and_more(counted[1:], 'value')}, which is neither a class ({_ranges(of_classes)}) "
             f"nor void ({_ranges(of_void)})"
         )
-        if _looks_blurred(counted, pixels):
+        if _looks_blurred(counted, values, strange):
             return Fault(_BLURRED, fact, _SHARP)
         return Fault(
             "mask value that is no class",
@@ -175,8 +201,8 @@ class MaskTable:
             self.advice.format(what="value"),
         )
 
-    def _strange_colours(self, found: np.ndarray, pixels: int, where: object) -> Fault:
-        counted = _most(found)
+    def _strange_colours(self, codes: np.ndarray, strange: np.ndarray, where: object) -> Fault:
+        counted = _most(codes[strange])
         code, count = counted[0]
         nearest, distance = self.nearest(code)
         label = self.colours[nearest]
@@ -186,7 +212,7 @@ class MaskTable:
             f"{_and_more(counted[1:], 'colour')}, which is no class's (the "
             f"nearest is #{nearest:06x} of {name}, {distance:.0f} away)"
         )
-        if _looks_blurred(counted, pixels):
+        if _looks_blurred(counted, codes, strange):
             return Fault(_BLURRED, fact, _SHARP)
         return Fault(
             "mask colour that is no class",
@@ -239,13 +265,15 @@ def read_classes(path: Path, void: int = VOID) -> tuple[LabelSet, MaskTable]:
       void: the mask value without a class, where no line says any and no class has it.
 
     Raises:
-      UserError: it is not there, names fewer than two classes or more than 255, a class twice, or a
-        value or colour twice.
+      UserError: it is not there, names fewer than two classes or more than 255, a class, value or
+        colour twice, or is of another form.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; write one class name a line, class 0 first")
-    numbered_lines = enumerate(text_in(path).splitlines(), 1)
-    lines = [_Line.of(text.rstrip(), path, n) for n, text in numbered_lines if text.strip()]
+    text = unicodedata.normalize("NFC", text_in(path))
+    rows = [(n, row.rstrip(" \r")) for n, row in enumerate(text.splitlines(), 1) if row.strip()]
+    _check_form([row for _, row in rows], path)
+    lines = [_Line.of(row, path, n) for n, row in rows]
     named = [line for line in lines if not line.void]
     names = [line.name for line in named]
     if len(names) < 2:
@@ -265,6 +293,29 @@ def read_classes(path: Path, void: int = VOID) -> tuple[LabelSet, MaskTable]:
             "them after every name, or after none"
         )
     return _with_tokens(path, lines, names, void)
+
+
+def _check_form(rows: Sequence[str], path: Path) -> None:
+    """Refuse what is no list of names, but was meant to say more.
+
+    Raises:
+      UserError: a comment, values without tabs, or a colour as three numbers.
+    """
+    form = "write NAME<tab>VALUE, #rrggbb, … in each line"
+    for row in rows:
+        if row.startswith("#"):
+            raise UserError(f"{path} begins a line with '#': {row!r}; {form}, and no comments")
+    if not any("\t" in row for row in rows):
+        ends, starts = ([pattern.fullmatch(row) for row in rows] for pattern in _NUMBERED)
+        # "class 1", "class 2" are names; "road 1", "car 2" are more.
+        several = all(ends) and len({match[1] for match in ends}) > 1
+        if rows and (several or all(starts)):
+            raise UserError(f"{path} has a number in every line, but no tab: {rows[0]!r}; {form}")
+    values = [row.partition("\t")[2].split(",") for row in rows]
+    if rows and all(len(of) == 3 and all(v.strip().isdecimal() for v in of) for of in values):
+        raise UserError(
+            f"{path} gives every class three numbers, as of a colour; write colours as #rrggbb"
+        )
 
 
 def _with_tokens(
@@ -339,7 +390,7 @@ def _token(text: str, where: str) -> int | str:
     text = text.lower()
     if text == TRANSPARENT or _COLOUR.fullmatch(text):
         return text
-    if text.isascii() and text.isdigit() and int(text) < 2**16:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 2**16:
         return int(text)
     near = difflib.get_close_matches(text, [TRANSPARENT], cutoff=0.7)
     raise UserError(
@@ -361,6 +412,13 @@ def _in_colour(mask: images.Mask, where: object) -> UInt8[np.ndarray, "h w 3"]:
     if mask.palette:
         palette = np.zeros((256, 3), np.uint8)
         known = np.frombuffer(mask.palette, np.uint8).reshape(-1, 3)[:256]
+        if mask.values.max(initial=0) >= len(known):
+            raise Fault(
+                "mask with a short palette",
+                f"mask {where} holds the index {mask.values.max()}, and its palette has "
+                f"{len(known)} colours",
+                "save it again",
+            )
         palette[: len(known)] = known
         return palette[mask.values]
     values = mask.values
@@ -394,9 +452,15 @@ def _channels(codes: np.ndarray) -> np.ndarray:
     return np.stack([codes >> shift & 255 for shift in (16, 8, 0)], -1).astype(np.float64)
 
 
-def _looks_blurred(counted: Sequence[tuple[int, int]], pixels: int) -> bool:
-    """Whether strange values are many and rare, as edges blurred by antialiasing are."""
-    return len(counted) >= 5 and sum(count for _, count in counted) < 0.3 * pixels
+def _looks_blurred(
+    counted: Sequence[tuple[int, int]], values: np.ndarray, strange: np.ndarray
+) -> bool:
+    """Whether strange values are many, and nowhere areas, as blurred edges are."""
+    if len(counted) < 5:
+        return False
+    values, square = values.astype(np.float32), np.ones((3, 3), np.uint8)  # exact below 2²⁴
+    inside = cv2.erode(values, square) == cv2.dilate(values, square)
+    return inside[strange].mean() < 0.2
 
 
 def _most(found: UInt16[np.ndarray, " n"]) -> list[tuple[int, int]]:

@@ -16,8 +16,9 @@ from protoseg_jax.data.labels import VOID
 from protoseg_jax.data.masks import MaskTable
 from protoseg_jax.data.prepare import Example, file_stamp
 from protoseg_jax.data.reading import Reading, colours_used
-from protoseg_jax.errors import Fault
+from protoseg_jax.errors import Fault, UserError, reason
 
+_COMPARED = 5  # slips of lists that are compared with all names
 _LEFT_ALONE = ("__MACOSX",)  # that a Mac puts into archives; and what begins with a dot
 
 
@@ -25,22 +26,29 @@ def files_below(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
     """Files, broken links too, with one of the suffixes (in lower case), in the order of names.
 
     Hidden files and folders are left alone; links to folders are followed, once.
+
+    Raises:
+      UserError: a folder cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be read ({reason(error)})") from error
+
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if _visible(name))
+        folders[:] = sorted(name for name in folders if _is_seen(name))
         for name in sorted(names):
             path = Path(place, name)
-            if _visible(name) and path.suffix.lower() in suffixes:
+            if _is_seen(name) and path.suffix.lower() in suffixes:
                 yield path
 
 
-def _visible(name: str) -> bool:
+def _is_seen(name: str) -> bool:
     return not name.startswith(".") and name not in _LEFT_ALONE
 
 
@@ -66,14 +74,22 @@ def by_name(
         if not name.endswith(ending):
             continue
         name = name[: len(name) - len(ending)]
-        if not path.exists():
+        if not _is_text(name):
+            faults.append(
+                Fault("name that is not UTF-8", f"{ascii(os.fspath(path))} is no text", "rename it")
+            )
+        elif not os.path.exists(path):
             faults.append(
                 Fault(
                     "broken link",
-                    f"{path} is a link to {os.readlink(path)}, which is not there",
+                    f"{path} is a link to {os.readlink(path)}, which is not there"
+                    if path.is_symlink()
+                    else f"{path} cannot be read",
                     "remove it, or bring back what it links to",
                 )
             )
+        elif not path.is_file():
+            continue  # a socket, say
         elif name in found:
             faults.append(
                 Fault(
@@ -102,8 +118,16 @@ def masks_in(folder: Path, ending: str = "") -> tuple[dict[str, Path], list[Faul
 
 def mask_ending(text: str) -> str:
     """`data.mask_suffix` as the ending of a name without suffix: "_mask" of "_mask.png"."""
-    stem, suffix = os.path.splitext(text)
-    return key(stem if suffix.lower() in images.SUFFIXES else text)
+    stem = next((text[: -len(s)] for s in images.SUFFIXES if text.lower().endswith(s)), text)
+    return key(stem)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,9 +153,13 @@ class Pairs:
         """What lies in two folders, which may be one where masks have an ending."""
         pictures, faults = images_in(folder)
         masks, wrong = masks_in(mask_folder, ending)
-        if folder == mask_folder:
+        if os.path.samefile(folder, mask_folder):
             pictures = {n: path for n, path in pictures.items() if not n.endswith(ending)}
             wrong = []  # told of the images
+        else:  # masks may lie in the images' folder
+            pictures = {
+                n: path for n, path in pictures.items() if not path.is_relative_to(mask_folder)
+            }
         return cls(folder, mask_folder, pictures, masks, (*faults, *wrong), ending)
 
     @property
@@ -153,10 +181,8 @@ class Pairs:
             fact += f", but {self.masks[name + self._other_ending]} is there"
             remedy = f"set --config.data.mask_suffix={self._other_ending}"
             return Fault("image without a mask", fact, remedy)
-        last = name.rpartition("/")[2]
-        same = [path for other, path in self.masks.items() if other.rpartition("/")[2] == last]
-        if same:
-            fact += f", but {same[0]} is there"
+        if same := self._masks_by_last_part.get(name.rpartition("/")[2]):
+            fact += f", but {same} is there"
             return Fault("image without a mask", fact, "give both the same folders and name")
         return Fault("image without a mask", fact, "add it or remove the image")
 
@@ -167,6 +193,10 @@ class Pairs:
             for name, path in self.masks.items()
             if name not in self.images and not self._is_of(name)
         ]
+
+    @functools.cached_property
+    def _masks_by_last_part(self) -> dict[str, Path]:
+        return {name.rpartition("/")[2]: path for name, path in self.masks.items()}
 
     @functools.cached_property
     def _other_ending(self) -> str:
@@ -194,6 +224,7 @@ class Names:
     def __init__(self, known: Collection[str], folder: str):
         self._known, self._folder = set(known), key(folder) + "/"
         self._last: dict[str, list[str]] = {}
+        self._compared = 0  # slips, for which the nearest name was looked for
         for name in known:
             self._last.setdefault(name.rpartition("/")[2], []).append(name)
 
@@ -216,7 +247,9 @@ class Names:
                     f"{where} names {line!r}, and {', '.join(same[:3])} are called so",
                     "write its folder too",
                 )
-        near = difflib.get_close_matches(forms[-1], self._known, 1, 0.6)
+        self._compared += 1
+        few = self._compared <= _COMPARED
+        near = difflib.get_close_matches(forms[-1], self._known, 1, 0.6) if few else ()
         return Fault(
             "list entry without an image",
             f"{where} names {line!r}, but {self._folder} has no such image"

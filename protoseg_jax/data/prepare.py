@@ -34,7 +34,7 @@ from protoseg_jax.data.findings import Findings
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.data.reading import Reading
 from protoseg_jax.data.source import SegmentationData
-from protoseg_jax.errors import Fault, UserError
+from protoseg_jax.errors import Fault, UserError, reason
 from protoseg_jax.progress import Progress, say
 
 _FORMAT = 3  # part of every fingerprint; raise it when what is stored, or refused, changes
@@ -299,9 +299,10 @@ def file_stamp(path: Path) -> tuple[str, int, int] | Path:
 
     Of one that is not there, the path alone.
     """
-    if not path.exists():
+    try:
+        status = path.stat()
+    except OSError:
         return path
-    status = path.stat()
     return os.fspath(path), status.st_size, status.st_mtime_ns
 
 
@@ -312,16 +313,19 @@ def data_folder(config: ml_collections.ConfigDict, layout: str, inside: str = ""
     """The folder `data.dir`, absolute, or one inside it; `layout` says what `data.dir` must hold.
 
     Raises:
-      UserError: it is not set, does not exist, or is empty.
+      UserError: it is not set, does not exist, is empty or cannot be read.
     """
     name = config.data.name
     if not config.data.dir:
         raise UserError(f"data set {name!r} needs its folder; set --config.data.dir=PATH")
     path = Path(config.data.dir).expanduser().absolute() / inside
-    if not path.is_dir():
-        raise UserError(f"{name}: folder {path} does not exist; data.dir must hold {layout}")
-    if not any(path.iterdir()):
-        raise UserError(f"{name}: folder {path} is empty; data.dir must hold {layout}")
+    try:
+        if not path.is_dir():
+            raise UserError(f"{name}: folder {path} does not exist; data.dir must hold {layout}")
+        if not any(path.iterdir()):
+            raise UserError(f"{name}: folder {path} is empty; data.dir must hold {layout}")
+    except OSError as error:
+        raise UserError(f"{name}: folder {path} cannot be read ({reason(error)})") from error
     return path
 
 

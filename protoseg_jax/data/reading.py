@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from protoseg_jax import images
-from protoseg_jax.errors import Fault, UserError
+from protoseg_jax.errors import Fault, UserError, reason
 
 _EXIF = ("apply", "ignore")
 
@@ -57,6 +57,14 @@ class Reading:
         plain = self.upright(plain, header.orientation, f"image {where}")
         as_found = header.orientation == 1 and pixels.dtype == np.uint8 and header.mode != "CMYK"
         return data if as_found else images.encode(plain), plain
+
+    def picture(self, image: images.ImageLike) -> UInt8[np.ndarray, "h w 3"]:
+        """Any image to be looked at as those that trained are (see `images.read`).
+
+        Raises:
+          UserError: it is none.
+        """
+        return images.read(image, self.white, as_shown=self.exif != "ignore")
 
     def white_at_255(self, pixels: np.ndarray, where: object) -> UInt8[np.ndarray, "h w *c"]:
         """Pixels of an image with 8 bits.
@@ -122,9 +130,12 @@ def text_in(path: Path) -> str:
     """A UTF-8 text without a byte-order mark.
 
     Raises:
-      UserError: it is text of another encoding, or none.
+      UserError: it cannot be read, is text of another encoding, or none.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"text {path} cannot be read ({reason(error)})") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

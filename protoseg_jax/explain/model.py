@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from protoseg_jax import images
 from protoseg_jax.data import tiles
 from protoseg_jax.data.labels import LabelSet
+from protoseg_jax.data.reading import Reading
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import segmentation
 from protoseg_jax.explain import evidence
@@ -234,7 +235,7 @@ class Model(Finished):
         ]
 
     def _read(self, image: images.ImageLike) -> UInt8[np.ndarray, "H W 3"]:
-        return images.read(image, self.experiment.config.data.white)
+        return Reading.of(self.experiment.config).picture(image)
 
     def _parts(self, look: Callable, image: UInt8[np.ndarray, "H W 3"]) -> Iterator[Part]:
         """What `look` finds in each part of an image that the network sees at once."""

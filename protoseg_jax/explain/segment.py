@@ -39,6 +39,7 @@ from jaxtyping import Float, UInt8
 from protoseg_jax import images, models
 from protoseg_jax.data import tiles
 from protoseg_jax.data.pairs import files_below
+from protoseg_jax.data.reading import Reading
 from protoseg_jax.errors import UserError, full_disk, reason
 from protoseg_jax.explain import evidence
 from protoseg_jax.explain.model import Model, assemble
@@ -297,7 +298,7 @@ class Segmenter:
             about = _state(path)
         except OSError as error:
             raise UserError(f"it cannot be read ({reason(error)})") from error
-        pixels = images.read(path, config.data.white)
+        pixels = Reading.of(config).picture(path)
         cuts = [
             _Cut(corner, own, cut.shape[:2], inference.prepare(cut))
             for corner, own, cut in tiles.cuts(pixels, inference.eval_size, config.eval_overlap)
@@ -365,7 +366,7 @@ class Segmenter:
         return {**stacked, "kernel": self._model.kernel, "prototypes": self._indices}
 
     def _overlay(self, path: Path, labels: UInt8[np.ndarray, "H W"]) -> bytes:
-        picture = images.read(path, self._model.experiment.config.data.white)
+        picture = Reading.of(self._model.experiment.config).picture(path)
         if picture.shape[:2] != labels.shape:
             raise UserError("it changed while it was segmented; start the same command again")
         mixed = cv2.addWeighted(picture, 0.5, self._model.classes.paint(labels), 0.5, 0)

@@ -55,7 +55,7 @@ def test_every_fault_is_found_and_nothing_else(tmp_path):
         assert (fault.kind in findings.faults) == fault.fatal
         assert of.count == sum(other.kind == fault.kind for other in planted)
         assert any(fault.name in fact for fact in of.facts), (fault, of)
-        assert of.remedy
+        assert of.remedies
 
 
 def test_what_a_report_counts(tmp_path):
@@ -113,7 +113,7 @@ def test_a_kind_shows_five():
     with pytest.raises(UserError, match="^only this; do that$"):
         alone.refuse("own", said.append)
     assert alone.faults["fault of another kind"] == Kind(
-        "fault of another kind", 1, ["only this"], "do that"
+        "fault of another kind", 1, ["only this"], ["do that"]
     )
 
 

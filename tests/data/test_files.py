@@ -13,6 +13,7 @@ from PIL import Image
 
 from protoseg_jax import images
 from protoseg_jax.data import pairs, prepare
+from protoseg_jax.data.reading import Reading
 from protoseg_jax.errors import UserError
 from tests.data.opened import config_of, everything, load
 
@@ -131,8 +132,6 @@ def test_modes_of_images(tmp_path, mode, kind):
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
     (tmp_path / "a.any").write_bytes(buffer.getvalue())
-    from protoseg_jax.data.reading import Reading
-
     stored, pixels = Reading().image(buffer.getvalue(), "a")
     np.testing.assert_array_equal(pixels, shown)
     np.testing.assert_array_equal(images.decode(stored), shown)
@@ -278,9 +277,9 @@ def test_all_faults_are_told_at_once(tmp_path, capsys):
         "error: empty image (1)",
         "error: image without a mask (1)",
         "error: mask value that is no class (1)",
-        "  → write the",
+        "  → correct the mask, or write the value after a tab on the line of its class",
     ):
-        assert words in told or words == "  → write the"
+        assert words in told
     assert not list((tmp_path / "cache").glob("folder-*"))
 
 
@@ -303,6 +302,74 @@ def test_one_pixel(tmp_path):
     assert found["image"].shape == (1, 1, 3) and found["label"].tolist() == [[1]]
 
 
+def test_masks_inside_the_images_folder(tmp_path):
+    root = make(tmp_path / "own")
+    (root / "masks").rename(root / "images" / "masks")
+    for options in ({"data.masks": "images/masks"}, {"data.masks": "./images/masks/"}):
+        data = load("folder", root, tmp_path, **options)
+        assert sorted(by_id(data)) == [f"im{n}" for n in range(4)]
+    with pytest.raises(UserError, match="are both .*set --config.data.mask_suffix"):
+        load("folder", root, tmp_path, **{"data.masks": "images/"})
+
+
+def test_pictures_are_turned_as_those_that_trained(tmp_path):
+    image = Image.fromarray(PICTURES[0])
+    exif = image.getexif()
+    exif[0x0112] = 6
+    for suffix in ("png", "tif"):
+        image.save(tmp_path / f"a.{suffix}", exif=exif)
+        for how, shown in (("apply", np.rot90(PICTURES[0], -1)), ("ignore", PICTURES[0])):
+            reading = Reading(how)
+            data = (tmp_path / f"a.{suffix}").read_bytes()
+            np.testing.assert_array_equal(reading.image(data, "a")[1], shown)
+            np.testing.assert_array_equal(reading.picture(tmp_path / f"a.{suffix}"), shown)
+            with Image.open(tmp_path / f"a.{suffix}") as opened:
+                np.testing.assert_array_equal(reading.picture(opened), shown)
+
+
+def test_what_lists_and_folders_leave_open(tmp_path):
+    root = make(tmp_path / "own")
+    (root / "train.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match="validation.txt is missing|cannot be read"):
+        load("folder", root, tmp_path)
+    (root / "train.txt").unlink()
+    (root / "images" / "pipe.png").unlink(missing_ok=True)
+    os.mkfifo(root / "images" / "pipe.png")
+    assert len(by_id(load("folder", root, tmp_path))) == 4
+    for n, part in enumerate(("train", "train", "val", "val")):
+        for what in ("images", "masks"):
+            (root / what / part).mkdir(exist_ok=True)
+            (root / what / f"im{n}.png").rename(root / what / part / f"im{n}.png")
+    dataset, _ = examples_of(root)
+    assert [kind for kind, *_ in dataset.doubts] == ["folders that look like splits"]
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    root = make(tmp_path / "own")
+    try:
+        os.rename(
+            os.fsencode(root / "images" / "im0.png"), os.fsencode(root / "images") + b"/\xff.png"
+        )
+    except OSError:
+        pytest.skip("names here are UTF-8")
+    with pytest.raises(UserError, match=r"udcff.png' is no text; rename it"):
+        load("folder", root, tmp_path)
+
+
+def test_many_images_without_masks_are_told_at_once(tmp_path):
+    """Not by comparing each with each."""
+    images_of = {f"im{n}": tmp_path / f"im{n}.png" for n in range(20_000)}
+    masks_of = {f"other/{n}": tmp_path / f"{n}.png" for n in range(20_000)}
+    found = pairs.Pairs(tmp_path, tmp_path, images_of, masks_of, ())
+    assert all(found._missing(name).remedy == "add it or remove the image" for name in images_of)
+
+
 def test_a_mask_ending():
-    for text, ending in (("_mask", "_mask"), ("_mask.png", "_mask"), (".gt", ".gt"), ("", "")):
+    for text, ending in (
+        ("_mask", "_mask"),
+        ("_mask.png", "_mask"),
+        (".gt", ".gt"),
+        (".png", ""),
+        ("", ""),
+    ):
         assert pairs.mask_ending(text) == ending

@@ -1,7 +1,9 @@
 """What masks mean: any way to store the same labels is read as the plain one."""
 
 import io
+import struct
 import unicodedata
+import zlib
 
 import numpy as np
 import pytest
@@ -147,7 +149,7 @@ def test_one_bit_masks(tmp_path):
         ("a\t0\nb\t²\n", "line 2: '²' is neither"),
         ("a\t0\n\t1\n", "line 2, has no name before its tab"),
         ("a #00ff00\nb #0000ff\n", "line 1, has no tab: 'a #00ff00'"),
-        ("a    0, 3\nb    1\n", "line 1, has no tab"),
+        ("a    0, 3\nb    1\n", "no tab"),
         ("a\t0\nvoid\t1\n", "must name at least two classes"),
     ],
 )
@@ -243,6 +245,89 @@ def test_sixteen_bits_and_alpha(tmp_path):
 
 
 def test_names_in_any_unicode_form(tmp_path):
-    name = unicodedata.normalize("NFD", "mér")
-    classes, _ = written(tmp_path, f"{name}\t0\nsky\t1\n")
-    assert classes.names == (name, "sky")
+    two = [unicodedata.normalize(form, "mér") for form in ("NFD", "NFC")]
+    assert written(tmp_path, f"{two[0]}\nsky\n")[0].names == (two[1], "sky")
+    with pytest.raises(UserError, match="twice"):
+        written(tmp_path, f"{two[0]}\n{two[1]}\n")
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def plain_png(bits, colour, rows, size, *before):
+    """A PNG from its packed rows."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], bits, colour, 0, 0, 0))
+    rows = b"".join(b"\0" + row for row in rows)
+    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(before) + body
+
+
+def test_values_are_those_that_are_stored(tmp_path):
+    """Which Pillow shows otherwise: greys of few bits; or drops: the low half of 16."""
+    _, table = written(tmp_path, "\n".join(f"class {n}" for n in range(40)))
+    four = plain_png(4, 0, [b"\x01\x2f"], (1, 4))
+    assert labels_of(table, four).tolist() == [[0, 1, 2, 15]]
+    assert labels_of(table, plain_png(2, 0, [b"\x1b"], (1, 4))).tolist() == [[0, 1, 2, 3]]
+    deep = plain_png(16, 4, [struct.pack(">6H", 0, 65535, 1, 65535, 2, 65535)], (1, 3))
+    with pytest.raises(Fault, match="mask m is in colour, or with alpha, with 16 bits a channel"):
+        labels_of(table, deep)
+    two = Image.fromarray(np.array([[0, 1, 1, 0]], np.uint8))
+    two.putpalette([0, 0, 0, 255, 255, 255])
+    with pytest.raises(Fault, match="mask m is a BMP of 8 bits in a few greys"):
+        labels_of(table, encoded(two, ".bmp"))
+    assert labels_of(table, encoded(two)).tolist() == [[0, 1, 1, 0]]
+    white = io.BytesIO()
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(white, "TIFF", tiffinfo={262: 0})
+    with pytest.raises(Fault, match="a TIFF in which 0 is shown as white"):
+        labels_of(table, white.getvalue())
+
+
+def test_transparency_by_a_colour_or_an_index(tmp_path):
+    """As PNG's optimisers write what was RGBA."""
+    _, table = written(tmp_path, "a\t#000000\nb\t#ffffff\nvoid\ttransparent\n")
+    indices = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+    indices.putpalette([0, 0, 0, 255, 255, 255, 0, 0, 0])
+    assert labels_of(table, encoded(indices, transparency=2)).tolist() == [[0, 1, VOID]]
+    rgb = Image.fromarray(np.array([[[0] * 3, [255] * 3, [9] * 3]], np.uint8))
+    assert labels_of(table, encoded(rgb, transparency=(9, 9, 9))).tolist() == [[0, 1, VOID]]
+    grey = Image.fromarray(np.array([[0, 255, 9]], np.uint8))
+    assert labels_of(table, encoded(grey, transparency=9)).tolist() == [[0, 1, VOID]]
+    # An index means what it does, whatever is shown.
+    _, plain = written(tmp_path, "a\nb\nc\n")
+    assert labels_of(plain, encoded(indices, transparency=2)).tolist() == [[0, 1, 2]]
+
+
+def test_a_palette_that_contradicts_the_table(tmp_path):
+    _, table = written(tmp_path, "a\t0, #804080\nb\t1, #00008e\n")
+    mask = Image.fromarray(np.array([[0, 1]], np.uint8))
+    mask.putpalette([0x80, 0x40, 0x80, 0, 0, 0x8E])
+    assert labels_of(table, encoded(mask)).tolist() == [[0, 1]]
+    mask.putpalette([0, 0, 0x8E, 0x80, 0x40, 0x80])
+    with pytest.raises(Fault, match="shows its value 0 in the colour #00008e"):
+        labels_of(table, encoded(mask))
+    colours = written(tmp_path, "a\t#804080\nb\t#00008e\n")[1]
+    short = chunk(b"PLTE", bytes((0x80, 0x40, 0x80)))
+    with pytest.raises(Fault, match="holds the index 1, and its palette has 1 colours"):
+        labels_of(colours, plain_png(8, 3, [b"\0\1"], (1, 2), short))
+
+
+def test_one_bit_is_no_void(tmp_path):
+    _, table = written(tmp_path, "a\t0\nb\t7\n")
+    with pytest.raises(Fault, match="holds the value 1 "):
+        labels_of(table, encoded(Image.fromarray(np.array([[True, False]]))))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["# mine\na\nb\n", "road 1\ncar 0\n", "road,1\ncar,2\n", "0: road\n1: car\n"]
+    + ["a\t128,64,128\nb\t0,0,142\n", "a\t0\nb\t1\nvoid\t\n"],
+)
+def test_lists_that_mean_more_than_names(tmp_path, text):
+    with pytest.raises(UserError, match="classes.txt"):
+        written(tmp_path, text)
+
+
+def test_names_that_end_with_a_number(tmp_path):
+    assert written(tmp_path, "class 1\nclass 2\n")[0].names == ("class 1", "class 2")
+    assert written(tmp_path, "road 1\ncar\n")[0].names == ("road 1", "car")

@@ -58,4 +58,5 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
         example=example,
         source=[stamp for found in all_pairs for stamp in found.stamps],
         faults=tuple(fault for found in all_pairs for fault in found.faults),
+        doubts=tuple(doubt for found in all_pairs for doubt in found.doubts()),
     )

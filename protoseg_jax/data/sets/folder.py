@@ -13,16 +13,19 @@ fifth of the images is held out for validation. Folders of other names: `data.im
 which may be one and the same.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
 
 from protoseg_jax.data import masks, pairs, prepare
+from protoseg_jax.data.labels import VOID
 from protoseg_jax.data.reading import Reading, lines_in
 from protoseg_jax.errors import Fault, UserError
 
 _LISTS = ("train", "validation", "test")
+_SPLITS = {*_LISTS, "training", "val", "valid", "testing"}  # as folders are called that are splits
 _ONE_IN = 5  # images is held out
 
 
@@ -33,15 +36,19 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     root = prepare.data_folder(config, layout)
     _check(data)
     labels, table = masks.read_classes(root / "classes.txt", int(data.void))
-    found = pairs.Pairs.of(
-        prepare.data_folder(config, layout, data.images),
-        prepare.data_folder(config, layout, data.masks),
-        pairs.mask_ending(data.mask_suffix),
-    )
+    folders = [prepare.data_folder(config, layout, name) for name in (data.images, data.masks)]
+    ending = pairs.mask_ending(data.mask_suffix)
+    if os.path.samefile(*folders) and not ending:
+        raise UserError(
+            f"data.images and data.masks are both {folders[0]}; set --config.data.mask_suffix to "
+            "what tells a mask's name from its image's, like _mask"
+        )
+    found = pairs.Pairs.of(*folders, ending)
     if not found.images:
         raise UserError(
             f"folder: no image in {found.folder}; put PNG, JPEG, TIFF, WebP or BMP files there"
         )
+    void = [value for value, label in table.values.items() if label == VOID]
     splits, faults, drawn = _listed(root, found, data.images), list(found.faults), None
     if splits:
         for split, items in splits.items():
@@ -62,9 +69,9 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
         example=lambda _, name: found.read(name, table, reading),
         source=[*found.stamps, table, splits, [str(fault) for fault in faults]],
         drawn=drawn,
-        void=int(data.void) if table.is_plain else None,
+        void=void[0] if table.is_plain and void else None,
         faults=tuple(faults),
-        doubts=(*found.doubts(), *_unlisted(found, splits)),
+        doubts=(*found.doubts(), *(_like_splits(found) if drawn else _unlisted(found, splits))),
     )
 
 
@@ -77,17 +84,12 @@ def _check(data: ml_collections.ConfigDict) -> None:
             f"data.mask_values={tuple(data.mask_values)} stands in classes.txt now; write a tab "
             "and its mask value after each class's name there"
         )
-    if data.images == data.masks and not data.mask_suffix:
-        raise UserError(
-            f"data.images and data.masks are both {data.images!r}; set --config.data.mask_suffix "
-            "to what tells a mask's name from its image's, like _mask"
-        )
 
 
 def _listed(root: Path, found: pairs.Pairs, folder: str) -> dict[str, list[str | Fault]]:
     """The names of each split by the lists, and what is wrong with them; none without any list."""
     lists = {name: root / f"{name}.txt" for name in _LISTS}
-    present = {name: path for name, path in lists.items() if path.is_file()}
+    present = {name: path for name, path in lists.items() if os.path.lexists(path)}
     for name in ("train", "validation") if present else ():
         if name not in present:
             raise UserError(
@@ -101,6 +103,16 @@ def _listed(root: Path, found: pairs.Pairs, folder: str) -> dict[str, list[str |
             raise UserError(f"folder: {path} lists no image; write one name a line")
         splits[split] = [names.find(line, path) for line in lines]
     return splits
+
+
+def _like_splits(found: pairs.Pairs) -> list[tuple[str, str, str]]:
+    """A doubt about a drawn split, where folders seem to be one."""
+    folders = {name.partition("/")[0] for name in found.images if "/" in name}
+    if not folders or not folders <= _SPLITS:
+        return []
+    fact = f"{found.folder} holds {' and '.join(sorted(folders))}, and a fifth of all is held out"
+    remedy = "list each one's images in train.txt, validation.txt and test.txt if they are splits"
+    return [("folders that look like splits", fact, remedy)]
 
 
 def _unlisted(found: pairs.Pairs, splits: dict[str, Sequence[str]]) -> list[tuple[str, str, str]]:

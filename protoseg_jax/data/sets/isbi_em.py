@@ -180,4 +180,8 @@ def _grey(page: Page, reading: Reading, *, binary: bool = False) -> np.ndarray:
 def _inside(page: Page, reading: Reading) -> UInt8[np.ndarray, "h w"]:
     """Labels of a page: 0 membrane, 1 inside."""
     values = _grey(page, reading, binary=True).astype(np.uint8)
+    if values.max(initial=0) > 1 and (values == 1).any():
+        raise UserError(
+            f"labels {_where(page)} hold 1 and {values.max()}, and inside is 255 or 1; correct them"
+        )
     return TABLE.labels(images.Mask(values), _where(page))[0]
