@@ -36,6 +36,7 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(program, arguments, word
     [
         ([], "IMAGE … missing"),
         (["a.png"], "no --workdir given"),
+        (["--images=a.png,b.png", "--workdir=nothing"], "no image at 'a.png'"),
         (["a.png", "--workdir=nothing"], "no image at 'a.png'"),
         ([str(ROOT / "docs" / "explorer.png"), "--workdir=nothing"], "holds no run"),
     ],

@@ -112,12 +112,13 @@ class MaskTable:
         return mask._replace(opacity=None) if idle else mask
 
     def _check_palette(self, mask: images.Mask, where: object) -> None:
-        """Refuse an index whose palette has the colour of another class."""
+        """Refuse an index of a class whose palette has the colour of another class."""
         if not (mask.palette and self.values and self.colours):
             return
         for value, colour in colours_used(mask).items():
             code = int.from_bytes(colour, "big")
-            if self.colours.get(code, self.values.get(value)) != self.values.get(value):
+            shown, meant = self.colours.get(code, VOID), self.values.get(value, VOID)
+            if VOID not in (shown, meant) and shown != meant:
                 raise Fault(
                     "palette that contradicts the classes",
                     f"mask {where} shows its value {value} in the colour #{code:06x}, and classes "

@@ -306,6 +306,9 @@ def test_a_palette_that_contradicts_the_table(tmp_path):
     mask.putpalette([0, 0, 0x8E, 0x80, 0x40, 0x80])
     with pytest.raises(Fault, match="shows its value 0 in the colour #00008e"):
         labels_of(table, encoded(mask))
+    _, with_void = written(tmp_path, "a\t0, #804080\nb\t1, #00008e\nvoid\t255, #000000\n")
+    mask.putpalette([0, 0, 0, 9, 9, 9])  # a colour of no class says nothing
+    assert labels_of(with_void, encoded(mask)).tolist() == [[0, 1]]
     colours = written(tmp_path, "a\t#804080\nb\t#00008e\n")[1]
     short = chunk(b"PLTE", bytes((0x80, 0x40, 0x80)))
     with pytest.raises(Fault, match="holds the index 1, and its palette has 1 colours"):
