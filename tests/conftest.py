@@ -5,6 +5,7 @@ JAX_COMPILATION_CACHE_DIR, where that is set), for all of its workers.
 """
 
 import atexit
+import gc
 import importlib.util
 import mmap
 import os
@@ -42,6 +43,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="protoseg_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# JAX traces with many small objects; to look for garbage as often as usual is a tenth of that.
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -340,7 +340,8 @@ def test_nothing_bypasses_the_prototypes(kind):
         own = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
         model = Leaky(**{name: getattr(model, name) for name in own})
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    variables = model.init(jax.random.key(1), image[None].astype(np.float32) / 255)
+    images = image[None].astype(np.float32) / 255
+    variables = jax.jit(model.init)(jax.random.key(1), images)
     inference = Inference(model, preprocessing.KNOWN["imagenet"], (32, 48), tuple(CLASSES), C)
     held, whole = jax.jit(functools.partial(bypass.responses, inference))(
         variables, image, jax.random.key(2)

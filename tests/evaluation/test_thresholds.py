@@ -16,6 +16,9 @@ def seen(logits, label):
     return Seen(None, None, batch, Output(None, None, None, logits), None, None, None)
 
 
+step = jax.jit(lambda logits, label: thresholds._step(seen(logits, label)))
+
+
 @given(st.integers(0, 10**6))
 @settings(max_examples=10, deadline=None)
 def test_it_is_the_least_error_over_21_thresholds(seed):
@@ -24,14 +27,14 @@ def test_it_is_the_least_error_over_21_thresholds(seed):
     for _ in range(3):
         logits = rng.normal(0, 2, (6, 7, 2)).astype(np.float32)
         label = rng.choice([0, 1, 1, 255], (6, 7)).astype(np.uint8)
-        found = jax.device_get(thresholds._step(seen(logits, label)))
+        found = jax.device_get(step(logits, label))
         sums = found if sums is None else {k: sums[k] + found[k] for k in sums}
         for at in np.ndindex(label.shape):
             e = np.exp(logits[at].astype(np.float64))
             pixels.append((e[1] / e.sum(), label[at]))
     errors = []
-    for step in range(21):
-        said = [(p > step / 20, y) for p, y in pixels if y != 255]
+    for n in range(21):
+        said = [(p > n / 20, y) for p, y in pixels if y != 255]
         hits = sum(s and y == 1 for s, y in said)
         both = sum(s for s, _ in said) + sum(y == 1 for _, y in said)
         errors.append(1 - 2 * hits / both)
@@ -42,5 +45,5 @@ def test_it_is_the_least_error_over_21_thresholds(seed):
 
 def test_no_class_1_anywhere():
     logits = np.stack([np.full((3, 3), 50.0), np.full((3, 3), -200.0)], -1).astype(np.float32)
-    sums = jax.device_get(thresholds._step(seen(logits, np.full((3, 3), 255, np.uint8))))
+    sums = jax.device_get(step(logits, np.full((3, 3), 255, np.uint8)))
     assert thresholds.figures(sums)["f_error_of_thresholds"] is None

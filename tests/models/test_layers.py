@@ -50,6 +50,16 @@ def literal_kernel_gradient(x, g, k, stride, dilation, pads=None):
     return total
 
 
+def pulled_back(function, g, *arguments):
+    """(the value, the gradients of Σ g · value), compiled at once: op by op takes far longer."""
+
+    def both(g, *arguments):
+        value, pull = jax.vjp(function, *arguments)
+        return value, pull(g)
+
+    return jax.jit(both)(g, *arguments)
+
+
 def literal_max_pool(x):
     """PyTorch's ceil mode: windows start at −1, 1, 3, … inside the input or its left padding."""
     sizes = []
@@ -79,10 +89,11 @@ def test_pooling_gives_the_gradient_to_the_first_of_equal_values(pool):
     def theirs(x):
         return nn.max_pool(x, (size, size), strides=(2, 2), padding=pads)
 
-    (got, pull), (expected, pull_theirs) = jax.vjp(pool, x), jax.vjp(theirs, x)
+    shape = jax.eval_shape(pool, x).shape
+    g = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    (got, pulled), (expected, pulled_theirs) = (pulled_back(f, g, x) for f in (pool, theirs))
     np.testing.assert_array_equal(got, expected)
-    g = np.arange(got.size, dtype=np.float32).reshape(got.shape)
-    np.testing.assert_array_equal(pull(g)[0], pull_theirs(g)[0])
+    np.testing.assert_array_equal(pulled[0], pulled_theirs[0])
 
 
 @pytest.mark.parametrize("size", [(9, 12), (10, 7)])
@@ -94,7 +105,7 @@ def test_convolution_is_the_literal_one(size, k, stride, dilation):
     x = rng.normal(size=(2, *size, 3)).astype(np.float32)
     kernel = rng.normal(size=(k, k, 3, 4)).astype(np.float32)
     expected = literal_convolution(x, kernel, stride, dilation)
-    got = Conv(4, k, stride, dilation).apply({"params": {"kernel": kernel}}, x)
+    got = jax.jit(Conv(4, k, stride, dilation).apply)({"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -140,16 +151,16 @@ def test_every_form_of_a_kernels_gradient_is_the_literal_one(
     pad = dilation * (k - 1) // 2
     pads = same_pads(x.shape, k, stride, dilation) if same else ((pad, pad), (pad, pad))
     conv = Conv(4, k, stride, dilation, same)
-    y, pull = jax.vjp(lambda kernel: conv.apply({"params": {"kernel": kernel}}, x), kernel)
-    np.testing.assert_allclose(
-        y, literal_convolution(x, kernel, stride, dilation, pads), rtol=1e-4, atol=1e-4
-    )
-    g = rng.normal(size=y.shape).astype(np.float32)
+    literal = literal_convolution(x, kernel, stride, dilation, pads)
+    g = rng.normal(size=literal.shape).astype(np.float32)
+    y, pulled = pulled_back(lambda kernel: conv.apply({"params": {"kernel": kernel}}, x), g, kernel)
+    np.testing.assert_allclose(y, literal, rtol=1e-4, atol=1e-4)
     expected = literal_kernel_gradient(x, g, k, stride, dilation, pads)
     how = {"size": k, "stride": stride, "dilation": dilation, "pads": pads}
     forms = [layers._by_strips, layers._by_transposition]
     forms += [layers._by_phases] if stride == 1 else []
-    for got in (*pull(g), *(form(x, g, **how) for form in forms)):
+    found = jax.jit(lambda x, g: [form(x, g, **how) for form in forms])(x, g)
+    for got in (*pulled, *found):
         assert got.shape == kernel.shape
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -167,20 +178,29 @@ def test_every_form_of_a_depthwise_convolution_is_the_literal_one(
     x = rng.normal(size=(2, *size, 3)).astype(np.float32)
     kernel = rng.normal(size=(k, k, 1, 3)).astype(np.float32)
     pads = same_pads(x.shape, k, stride, dilation)
-    got, pull = jax.vjp(lambda *a: depthwise.convolve_depthwise(*a, stride, dilation), x, kernel)
-    g = rng.normal(size=got.shape).astype(np.float32)
-    channels = [(x[..., [c]], kernel[..., [c]], g[..., [c]]) for c in range(3)]
+    parts = [(x[..., [c]], kernel[..., [c]]) for c in range(3)]
     expected = np.concatenate(
-        [literal_convolution(a, b, stride, dilation, pads) for a, b, _ in channels], 3
+        [literal_convolution(a, b, stride, dilation, pads) for a, b in parts], 3
     )
+    g = rng.normal(size=expected.shape).astype(np.float32)
+    channels = [(a, b, g[..., [c]]) for c, (a, b) in enumerate(parts)]
     of_kernel = np.concatenate(
         [literal_kernel_gradient(a, c, k, stride, dilation, pads) for a, _, c in channels], 3
     )
-    of_x, how = pull(g)[0], {"stride": stride, "dilation": dilation}
-    pairs = [(got, expected), (pull(g)[1], of_kernel)]
-    pairs += [(depthwise._grouped(x, kernel, **how), expected)]
-    pairs += [(depthwise._grouped_dk(x, g, size=k, **how), of_kernel)]
-    pairs += [(depthwise._grouped_dx(g, kernel, shape=x.shape, **how), of_x)]
+    how = {"stride": stride, "dilation": dilation}
+
+    @jax.jit
+    def every_form(x, kernel, g):
+        got, pull = jax.vjp(
+            lambda *a: depthwise.convolve_depthwise(*a, stride, dilation), x, kernel
+        )
+        grouped = depthwise._grouped(x, kernel, **how)
+        of_kernel = depthwise._grouped_dk(x, g, size=k, **how)
+        of_x = depthwise._grouped_dx(g, kernel, shape=x.shape, **how)
+        return got, *pull(g), grouped, of_kernel, of_x
+
+    got, of_x, *found = every_form(x, kernel, g)
+    pairs = zip((got, *found), (expected, of_kernel, expected, of_kernel, of_x), strict=True)
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -204,7 +224,8 @@ def test_a_convolution_differentiates_what_is_asked_for_alone():
 def test_a_kernels_gradient_is_summed_in_float32():
     """Two thousand ones and a half are 2000.5, which bfloat16 does not have."""
     x = jnp.ones((1, 23, 87, 1), jnp.bfloat16).at[0, 0, 0].set(0.5)
-    got = jax.grad(lambda k: convolve(x, k).astype(jnp.float32).sum())(jnp.ones((1, 1, 1, 1)))
+    total = jax.jit(jax.grad(lambda k: convolve(x, k).astype(jnp.float32).sum()))
+    got = total(jnp.ones((1, 1, 1, 1)))
     assert got.dtype == jnp.float32 and float(got[0, 0, 0, 0]) == 2000.5
 
 
@@ -236,7 +257,7 @@ def test_initial_kernels():
 def test_group_norm_is_the_literal_one():
     x = np.random.default_rng(0).normal(3, 2, size=(2, 4, 5, 48)).astype(np.float32)
     params = {"scale": np.arange(48.0, dtype=np.float32), "bias": np.ones(48, np.float32)}
-    got = np.asarray(GroupNorm().apply({"params": params}, x))
+    got = np.asarray(jax.jit(GroupNorm().apply)({"params": params}, x))
     for image in range(2):
         for first in (0, 16, 32):
             own = slice(first, first + 16)
@@ -258,9 +279,9 @@ def test_the_gradient_of_group_norm():
     rng = np.random.default_rng(0)
     x = rng.normal(5, 2, (2, 4, 5, 48)).astype(np.float32)
     scale, bias = rng.normal(size=(2, 48)).astype(np.float32)
-    pairs = [jax.vjp(f, x, scale, bias) for f in (group_norm, literal)]
     g = rng.normal(size=x.shape).astype(np.float32)
-    for got, expected in zip(*(pull(g) for _, pull in pairs), strict=True):
+    pulled = [pulled_back(f, g, x, scale, bias)[1] for f in (group_norm, literal)]
+    for got, expected in zip(*pulled, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -273,7 +294,7 @@ class Convolved(nn.Module):
 def test_frozen_batch_norm_is_affine_and_not_a_parameter():
     x = np.random.default_rng(0).normal(size=(1, 2, 3, 4)).astype(np.float32)
     convolved = Convolved()
-    variables = convolved.init(jax.random.key(0), x)
+    variables = jax.jit(convolved.init)(jax.random.key(0), x)
     assert set(variables["frozen"]) == {"norm"} and set(variables["params"]) == {"conv"}
     frozen = {"scale": np.array([1.0, 2, 3]), "bias": np.array([4.0, 3, 2])}
     kernel = variables["params"]["conv"]["kernel"]
@@ -284,9 +305,9 @@ def test_frozen_batch_norm_is_affine_and_not_a_parameter():
             {"params": {"conv": {"kernel": kernel}}, "frozen": {"norm": frozen}}, x
         )
 
-    np.testing.assert_allclose(apply(kernel), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(apply)(kernel), expected, rtol=1e-5, atol=1e-5)
     # The trained kernel is the unscaled one.
-    got = jax.grad(lambda kernel: apply(kernel).sum())(kernel)
+    got = jax.jit(jax.grad(lambda kernel: apply(kernel).sum()))(kernel)
     g = np.ones(expected.shape) * frozen["scale"]
     np.testing.assert_allclose(got, literal_kernel_gradient(x, g, 3, 1, 1), rtol=1e-5, atol=1e-5)
 

@@ -215,10 +215,11 @@ def with_anchors(number, method="outputs", **changes):
     """(the output, the backbone's maps, the model and its variables) of a U-Net, which has two."""
     model = models.build(make_config(**UNET, anchors=number, **changes), 2, 4, jnp.float32)
     images = jax.random.normal(jax.random.key(1), (2, 16, 24, 3))
-    variables = model.init(jax.random.key(0), images)
-    maps = model.apply(variables, images, method="encode")
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    apply = jax.jit(model.apply, static_argnames="method")
+    maps = apply(variables, images, method="encode")
     seen = maps if method == "outputs_of" else images
-    return model.apply(variables, seen, method=method)[0], maps, (model, variables, images)
+    return apply(variables, seen, method=method)[0], maps, (model, variables, images)
 
 
 @pytest.mark.parametrize("method", ["outputs", "outputs_of"])
@@ -239,14 +240,13 @@ def test_anchors_are_in_a_map_of_the_backbone_standardised(number, method):
 
 def test_anchors_move_nothing_else_and_inference_does_not_look_at_them():
     _, _, (model, variables, images) = with_anchors(0)
-    gradient = jax.grad(lambda v: model.apply(v, images, method="outputs")[0].apart.sum())(
-        variables
-    )
+    total = jax.grad(lambda v: model.apply(v, images, method="outputs")[0].apart.sum())
+    gradient = jax.jit(total)(variables)
     moved = {
         group for group, x in gradient["params"].items() if any(map(np.any, jax.tree.leaves(x)))
     }
     assert moved == {"anchors"}
-    assert model.apply(variables, images).apart is None
+    assert jax.eval_shape(model.apply, variables, images).apart is None
 
 
 def test_a_map_for_anchors_that_there_is_not_is_refused():

@@ -80,7 +80,7 @@ def test_impurity_is_its_literal_sum_and_so_is_its_gradient():
     predicted = (z @ w + b).argmax(1)
     probability = np.random.default_rng(0).dirichlet(np.ones(len(z)))
     with jax.enable_x64(True):
-        value, gradient = jax.value_and_grad(directions.impurity)(
+        value, gradient = jax.jit(jax.value_and_grad(directions.impurity))(
             *map(jnp.asarray, (u, z, w, predicted, probability))
         )
     assert value == pytest.approx(literal_impurity(u, z, w, predicted, probability), abs=1e-7)
@@ -98,12 +98,13 @@ def test_impurity_is_least_where_one_direction_decides_each_point_and_all_are_us
     n = 6
     z, w = np.eye(n), np.ones((n, 2))
     arguments = w, np.zeros(n, int), np.full(n, 1 / n)
-    least = float(directions.impurity(np.eye(n), z, *arguments))
+    impurity = jax.jit(directions.impurity)
+    least = float(impurity(np.eye(n), z, *arguments))
     assert least == pytest.approx(-np.log(n), abs=1e-4)
-    one = float(directions.impurity(np.eye(n), np.eye(n)[[0] * n], *arguments))
+    one = float(impurity(np.eye(n), np.eye(n)[[0] * n], *arguments))
     assert one == pytest.approx(0, abs=1e-4)
     for seed in range(5):
-        turned = float(directions.impurity(directions.random_rotation(n, seed), z, *arguments))
+        turned = float(impurity(directions.random_rotation(n, seed), z, *arguments))
         assert turned > least + 0.1
 
 

@@ -187,9 +187,8 @@ def test_every_point_is_as_likely_to_be_sampled():
     }
     variables = {"params": {"vectors": jnp.zeros((1, D))}}
     table = jax.tree.map(jnp.asarray, search.empty(1, 1, D))
-    draws = jax.vmap(lambda n: step(table, variables, {**batch, "index": n[None]}))(
-        jnp.arange(2400)
-    )
+    draw = jax.jit(jax.vmap(lambda n: step(table, variables, {**batch, "index": n[None]})))
+    draws = draw(jnp.arange(2400))
     counts = np.bincount((6 * draws.row + draws.col).ravel(), minlength=24)
     assert len(counts) == 24 and abs(counts - 100).max() < 50
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -215,11 +216,12 @@ def test_prototypes_may_start_on_training_patches(finished, authors_file, tmp_pa
     vectors, before = (x.arrays["params"]["prototypes"]["vectors"] for x in (placed, start))
 
     inference, source = run.inference(start.prototypes), run.source("train")
+    infer = jax.jit(lambda image: inference(start.variables, image[None]).features[0])
     points = {c: [] for c in range(run.num_classes)}
     for n in range(len(source)):
         example = source[n]
         image, label = inference.prepare(example["image"]), example["label"]
-        z = np.asarray(inference(start.variables, image[None]).features[0])
+        z = np.asarray(infer(image))
         labels = shrink_labels(label[None], None, z.shape[:2])[0]
         for c in points:
             if (labels == c).any():
