@@ -10,9 +10,14 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def test_steps_after_a_phases_first_compile_nothing(tmp_path, monkeypatch):
-    """Five steps in windows of two, two and one."""
+    """Five steps in windows of two, two and one, of a small U-Net, which compiles fast."""
     make_data(tmp_path / "own")
     config = make_config(tmp_path)
+    config.crop_size = config.eval_size = (40, 48)
+    config.model.update({"backbone": "unet", "depth": 1, "width": 4, "output_stride": 1})
+    new = {"decoder": 1e-3, "prototypes": 1e-3}
+    config.phases.warmup.learning_rates = new
+    config.phases.joint.learning_rates = {**new, "backbone": 1e-3}
     config.log_every, config.eval_every, config.checkpoint_every = 2, 0, 0
     for phase in config.phases:
         config.phases[phase].steps = 5 if phase in ("warmup", "joint") else 0

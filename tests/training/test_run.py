@@ -323,7 +323,7 @@ def test_explanations_are_measured_where_there_are_any(finished, capsys, tmp_pat
     assert json.loads(stored.read_text())["interpretability"] == found
     # A class as if it were held out, though this run has learnt it.
     checkpoint = finished.workdir.checkpoints.restore("finetune_pruned")
-    learnt = measure(finished.experiment, checkpoint, "validation", novel=1)
+    learnt = measure(finished.experiment, checkpoint, "validation", ("novelty",), novel=1)
     assert 0 <= learnt["novelty_auroc"] <= 1 and "novelty_auroc" not in found
 
     config = finished.experiment.config.copy_and_resolve_references()

@@ -55,6 +55,12 @@ def setup(config):
     return inference, jax.jit(inference.model.init)(jax.random.key(0), images)["params"]
 
 
+@functools.cache
+def made():
+    """`setup` of the small U-Net, which no reduction changes."""
+    return setup(make_config())
+
+
 def make_batch(size=8):
     """Uneven content: void, absent classes, an image that is all void."""
     rng = np.random.default_rng(0)
@@ -89,9 +95,17 @@ def init_state(params, phase, config=None):
 
 
 @functools.cache
+def stepped(phase_name, devices, accumulate, reduction):
+    """One program for all runs of it, and its devices."""
+    pool, (inference, _) = DevicePool(jax.local_devices()[:devices]), made()
+    config = make_config(reduction)
+    return mapped_step(pool, inference, PHASES[phase_name], config, accumulate=accumulate), pool
+
+
+@functools.cache
 def run(phase_name, devices, accumulate=1, count=1, reduction="present"):
-    pool = DevicePool(jax.local_devices()[:devices])
-    return run_on(pool, phase_name, accumulate, count, reduction)
+    step, pool = stepped(phase_name, devices, accumulate, reduction)
+    return run_on(pool, phase_name, count, step=step)
 
 
 def sgd_on(pool, batch=None):
@@ -111,7 +125,7 @@ def sgd(devices):
 
 
 def assert_same_after_sgd(first, second):
-    _, start = setup(make_config())
+    _, start = made()
     leaves = jax.tree_util.tree_leaves_with_path(first)
     for (path, a), b in zip(leaves, jax.tree.leaves(second), strict=True):
         where = jax.tree_util.keystr(path)
@@ -120,11 +134,10 @@ def assert_same_after_sgd(first, second):
         assert np.linalg.norm(a - begun) > 1e-4 * np.linalg.norm(a), f"{where} has hardly moved"
 
 
-def run_on(pool, phase_name, accumulate=1, count=1, reduction="present", batch=None):
+def run_on(pool, phase_name, count=1, batch=None, step=None):
     """(state, metrics) after `count` steps on a batch (its part, with several processes)."""
-    config, phase = make_config(reduction), PHASES[phase_name]
-    inference, params = setup(config)
-    step = mapped_step(pool, inference, phase, config, accumulate=accumulate)
+    phase, (inference, params) = PHASES[phase_name], made()
+    step = step or mapped_step(pool, inference, phase, make_config())
     _, frozen = steps.split(params, phase)
     state = pool.replicate(init_state(params, phase))
     batch = make_batch() if batch is None else batch
@@ -211,7 +224,7 @@ def test_accumulation_changes_nothing():
 
 @pytest.mark.parametrize("phase", [WARMUP, JOINT, FINETUNE], ids=lambda p: p.name)
 def test_a_phase_moves_its_groups_and_only_those(phase):
-    _, params = setup(make_config())
+    _, params = made()
     state, metrics = run(phase.name, 1)
     assert set(state.trainable) == set(phase.learning_rates)
     for group, tree in state.trainable.items():
@@ -229,10 +242,8 @@ def test_training_lowers_the_loss():
 
 
 def test_all_void_batch_is_finite():
-    config = make_config()
-    inference, params = setup(config)
-    pool = DevicePool(jax.local_devices()[:1])
-    step = mapped_step(pool, inference, JOINT, config)
+    _, params = made()
+    step, pool = stepped("joint", 1, 1, "present")
     void = {**make_batch(), "label": np.full((8, *SIZE), 255, np.uint8)}
     _, frozen = steps.split(params, JOINT)
     state = pool.replicate(init_state(params, JOINT))
