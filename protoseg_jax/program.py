@@ -7,6 +7,7 @@ line on stderr; 143/130 saved after SIGTERM/Ctrl-C; 1 a bug, with its traceback.
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import types
@@ -108,12 +109,20 @@ def _parse(argv: Sequence[str], module: types.ModuleType) -> list[str]:
     if {"--help", "-h", "-help", "--helpfull", "-helpfull"} & set(argv[1:]):
         print(_usage(module))
         sys.exit(0)
+    ready = getattr(module, "CONFIG", None)
+    if ready and not any(a.lstrip("-").split("=")[0] == "config" for a in argv[1:]):
+        argv = [argv[0], f"--config={ready}", *argv[1:]]
     try:
         rest = flags.FLAGS(_with_config(argv))
     except UserError as error:
         exit_with(one_line(error))
     # A bad value surfaces as flags.Error, a misspelt config key as AttributeError or KeyError.
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
+    except (AttributeError, KeyError) as error:
+        found = re.search(r"'(\w+)\\*'(?:.*Did you mean \"(\w+)\")?", str(error), re.DOTALL)
+        near = f"; did you mean {found[2]!r}?" if found and found[2] else ""
+        told = f"there is no key {found[1]!r}{near}" if found else one_line(error)
+        exit_with(f"command line: {told}")
+    except (flags.Error, ValueError, TypeError) as error:
         exit_with(f"command line: {one_line(error)}")
     wanted = getattr(module, "ARGUMENTS", ())
     several = bool(wanted) and wanted[-1].rstrip("]").endswith("…")
@@ -132,7 +141,7 @@ def run(module: types.ModuleType, argv: Sequence[str]) -> None:
     Args:
       module: it has defined its absl flags; its docstring is the help; `main` is called with the
         arguments that are no flags, named by `ARGUMENTS` ("NAME …", last: one or more; "[NAME]":
-        it may be left out).
+        it may be left out); `CONFIG`: the ready config where `--config` names none.
       argv: the program's name and arguments.
     """
     sys.path.append(os.getcwd())  # for what a config names by a dotted path

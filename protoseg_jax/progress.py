@@ -3,11 +3,15 @@
 import datetime
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import tqdm
 
 from protoseg_jax.devices import is_main
+
+
+T = TypeVar("T")
 
 
 def say(text: str) -> None:
@@ -37,6 +41,14 @@ class Progress:
         self._bar = tqdm.tqdm(
             total=total, initial=done, desc=name, unit=unit, disable=self._plain, leave=False
         )
+
+    @classmethod
+    def over(cls, items: Sequence[T], name: str, unit: str) -> Iterator[T]:
+        """Items one after another, counted as they are done; it may be over soon."""
+        with cls(name, len(items), 0, unit, brief=True) as progress:
+            for item in items:
+                yield item
+                progress.update(1)
 
     def __enter__(self) -> "Progress":
         return self

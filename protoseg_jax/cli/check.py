@@ -15,10 +15,9 @@ from protoseg_jax import config as configs
 from protoseg_jax.errors import UserError
 
 ARGUMENTS = ("DIR",)
+CONFIG = "folder"
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", configs.find("folder"), "The experiment: configs/NAME.py."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: configs/NAME.py.")
 _NAME = flags.DEFINE_string("name", None, "The data set: folder, camvid, voc, cityscapes, isbi_em.")
 _SHEET = flags.DEFINE_string("sheet", None, "PNG to draw images under their masks into.")
 
@@ -33,7 +32,9 @@ def main(folder: str) -> None:
     config.data.name = _NAME.value or config.data.name
     report = check.check(config)
     print("\n".join(report.lines))
-    if _SHEET.value and report.sheet is not None:
+    if _SHEET.value and report.sheet is None:
+        print(f"no {_SHEET.value}: there is no image with its mask yet")
+    elif _SHEET.value:
         try:
             write_atomically(_SHEET.value, images.encode(report.sheet))
         except OSError as error:
@@ -42,8 +43,12 @@ def main(folder: str) -> None:
     findings = report.findings
     if findings.count:
         raise UserError(
-            f"{findings.count} faults of {len(findings.faults)} kinds in {folder}, listed above; "
-            "mend them, then check again"
+            f"{_counted(findings.count, 'fault')} in {folder}, listed above; mend "
+            f"{'it' if findings.count == 1 else 'them'}, then check again"
         )
     doubts = sum(kind.count for kind in findings.doubts.values())
-    print(f"{doubts} warnings to look at, no fault" if doubts else "nothing wrong was found")
+    print(f"{_counted(doubts, 'warning')}, no fault" if doubts else "nothing wrong was found")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"

@@ -40,4 +40,5 @@ def main(*given: str) -> None:
     wanted = (_OVERLAY.value, _PROBABILITIES.value, _EVIDENCE.value)
     kinds = [kind for kind, yes in zip(segment.KINDS, wanted, strict=True) if yes]
     out = _OUT.value or f"{_WORKDIR.value}/segmented"
-    print(segment.segment(_WORKDIR.value, given, out, kinds, _PHASE.value))
+    count = segment.segment(_WORKDIR.value, given, out, kinds, _PHASE.value)
+    print(f"{count} image{'s' * (count != 1)} in {out}")

@@ -51,5 +51,8 @@ def main() -> None:
     devices.keep_compiled_programs()
     devices.keep_freed_memory()
     run.train(config, workdir)
+    if devices.is_main():
+        pictures = "" if config.model.head == "linear" else "prototypes/class_*.png show why; "
+        print(f"{workdir}: {pictures}next: eval.py or explain.py --workdir={workdir}")
     if _SMOKE.value:
         print("--smoke: every phase has run; after three steps each, its scores mean nothing")

@@ -139,6 +139,7 @@ class Pairs:
       images, masks: files by name (see `key`).
       faults: what is wrong with files (see `by_name`).
       ending: of the masks' names.
+      others: names of the masks with and without that ending, as they are.
     """
 
     folder: Path
@@ -147,12 +148,14 @@ class Pairs:
     masks: dict[str, Path]
     faults: tuple[Fault, ...]
     ending: str = ""
+    others: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, folder: Path, mask_folder: Path, ending: str = "") -> "Pairs":
         """What lies in two folders, which may be one where masks have an ending."""
         pictures, faults = images_in(folder)
         masks, wrong = masks_in(mask_folder, ending)
+        others = frozenset(masks_in(mask_folder)[0] if ending else masks)
         if os.path.samefile(folder, mask_folder):
             pictures = {n: path for n, path in pictures.items() if not n.endswith(ending)}
             wrong = []  # told of the images
@@ -160,7 +163,7 @@ class Pairs:
             pictures = {
                 n: path for n, path in pictures.items() if not path.is_relative_to(mask_folder)
             }
-        return cls(folder, mask_folder, pictures, masks, (*faults, *wrong), ending)
+        return cls(folder, mask_folder, pictures, masks, (*faults, *wrong), ending, others)
 
     @property
     def stamps(self) -> list[Any]:
@@ -177,8 +180,8 @@ class Pairs:
         """That an image has no mask."""
         wanted = self.mask_folder / f"{name}{self.ending}.png"
         fact = f"image {self.images[name]} has no mask {wanted}"
-        if self._other_ending and name + self._other_ending in self.masks:
-            fact += f", but {self.masks[name + self._other_ending]} is there"
+        if self._other_ending and name + self._other_ending in self.others:
+            fact += f", but {self.mask_folder / (name + self._other_ending)} is there"
             remedy = f"set --config.data.mask_suffix={self._other_ending}"
             return Fault("image without a mask", fact, remedy)
         if same := self._masks_by_last_part.get(name.rpartition("/")[2]):
@@ -200,16 +203,16 @@ class Pairs:
 
     @functools.cached_property
     def _other_ending(self) -> str:
-        """What masks' names have behind their images', where that is not told yet."""
-        for name in () if self.ending else self.images:
+        """What masks' names have behind their images', where another is told, or none."""
+        for name in self.images:
             if name not in self.masks:
-                longer = [n for n in self.masks if n.startswith(name) and n not in self.images]
+                longer = [n for n in self.others if n.startswith(name) and n not in self.images]
                 return min(longer, key=len)[len(name) :] if longer else ""
         return ""
 
     def _is_of(self, mask: str) -> bool:
-        """Whether a mask is of an image, but for an ending that is not told yet."""
-        ending = self._other_ending
+        """Whether a mask is of an image, but for another ending."""
+        mask, ending = mask + self.ending, self._other_ending
         return bool(ending) and mask.endswith(ending) and mask[: -len(ending)] in self.images
 
 

@@ -105,7 +105,7 @@ def _named(text: str) -> Iterator[tuple[str, Path]]:
         files = files_below(base, images.SUFFIXES)
     else:
         base = Path(*itertools.takewhile(lambda part: not _WILD & set(part), base.parts))
-        hits = [Path(hit) for hit in glob.glob(text, recursive=True)]
+        hits = [Path(hit) for hit in glob.glob(_any_case(text), recursive=True)]
         files = itertools.chain.from_iterable(
             files_below(hit, images.SUFFIXES) if hit.is_dir() else [hit] for hit in hits
         )
@@ -115,6 +115,14 @@ def _named(text: str) -> Iterator[tuple[str, Path]]:
         there = file.is_file() or file.is_symlink()  # a broken link fails, and is told
         if file.suffix.lower() in images.SUFFIXES and not hidden and there:
             yield str(below.with_suffix("")), file
+
+
+def _any_case(pattern: str) -> str:
+    """A pattern whose suffix may be of any case, as those of files are."""
+    stem, suffix = os.path.splitext(pattern)
+    if suffix.lower() not in images.SUFFIXES:
+        return pattern
+    return stem + "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in suffix)
 
 
 @dataclasses.dataclass
@@ -414,8 +422,8 @@ def segment(
     out: str,
     kinds: Sequence[str] = (),
     phase: str | None = None,
-) -> Path:
-    """Segment images with a run; goes on where it stopped.
+) -> int:
+    """Segment images with a run, and say how many; goes on where it stopped.
 
     Args:
       workdir: the run's folder.
@@ -429,4 +437,4 @@ def segment(
     """
     found = find(given, Path(out))
     Segmenter(Model.load(workdir, phase), Path(out), kinds).run(found)
-    return Path(out)
+    return len(found)

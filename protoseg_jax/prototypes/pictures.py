@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from protoseg_jax import images, models
 from protoseg_jax.files import write_atomically
 from protoseg_jax.models.prototypes import EPSILON
+from protoseg_jax.progress import Progress
 from protoseg_jax.run.checkpoints import Checkpoint
 from protoseg_jax.run.experiment import Experiment
 from protoseg_jax.run.prototypes import FOLDER, Prototype, write_record
@@ -60,7 +61,7 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
         classes=names,
     )
     infer = jax.jit(lambda v, image: inference(v, image[None]).similarities[0])
-    for c, name in enumerate(names):
+    for c, name in enumerate(Progress.over(names, "drawing prototypes", "class")):
         own = [(j, p) for j, p in enumerate(prototypes) if p.class_ == c]  # the bias is last
         if not own:
             continue

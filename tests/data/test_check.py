@@ -155,7 +155,10 @@ def test_the_command(clean, tmp_path):
     (own / "images" / "im003.jpg").write_bytes(b"")
     code, out, errors = run(str(own))
     assert code == 2 and "error: empty image (1)" in out
-    assert errors.startswith("error: 1 faults of 1 kinds in ") and errors.count("\n") == 1
+    assert errors.startswith("error: 1 fault in ") and errors.count("\n") == 1
+    code, out, errors = run(str(own), "--config.data.mask_sufix=_label")
+    expected = "error: command line: there is no key 'mask_sufix'; did you mean 'mask_suffix'?\n"
+    assert (code, out, errors) == (2, "", expected)
     code, out, errors = run(str(tmp_path / "nowhere"))
     assert code == 2 and out == "" and "does not exist" in errors and errors.count("\n") == 1
     code, out, errors = run(str(clean), "--sheet=/proc/no/sheet.png")

@@ -201,7 +201,7 @@ BAD = {
     ),
     "a mask with a suffix": (
         lambda root: [p.rename(p.with_stem(f"{p.stem}_mask")) for p in (root / "masks").iterdir()],
-        ["has no mask", "im0_mask.png is there; set --config.data.mask_suffix=_mask"],
+        ["has no mask", "im0_mask is there; set --config.data.mask_suffix=_mask"],
     ),
     "a mask in another folder": (
         lambda root: shutil.move(root / "masks" / "im2.png", root / "masks" / "more" / "im2.png"),
@@ -300,6 +300,17 @@ def test_one_pixel(tmp_path):
     write(root / "masks" / "im1.png", np.ones((1, 1), np.uint8), ".png")
     found = by_id(load("folder", root, tmp_path))["im1"]
     assert found["image"].shape == (1, 1, 3) and found["label"].tolist() == [[1]]
+
+
+def test_an_ending_that_is_nearly_right(tmp_path):
+    root = make(tmp_path / "own")
+    for path in list((root / "masks").iterdir()):
+        path.rename(path.with_stem(f"{path.stem}_label"))
+    for told in ("", "label", "_mask", ".png"):
+        dataset = prepare.open_files(config_of("folder", root, "", **{"data.mask_suffix": told}))
+        assert dataset.doubts == ()
+        with pytest.raises(UserError, match="im0_label is there; set .*mask_suffix=_label$"):
+            dataset.example("train", "im0")
 
 
 def test_masks_inside_the_images_folder(tmp_path):

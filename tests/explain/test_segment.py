@@ -39,7 +39,8 @@ def test_what_files_folders_and_patterns_name(tmp_path, monkeypatch):
     assert names(str(tmp_path)) == names(".")
     assert names("b") == ["c", "d/e"]
     assert names("a.png", "b/c.JPG") == ["a", "c"]
-    assert names("b/**/*.tif") == ["d/e"]
+    assert names("b/**/*.tif") == names("b/**/*.TIF") == ["d/e"]
+    assert names("b/*.jpg") == ["c"]  # which is c.JPG
     assert names("*/c.*") == ["b/c"]
     assert names("*") == ["a", "b/c", "b/d/e"]  # folders that a pattern hits, too
     assert names(".cache/f.png") == ["f"]  # hidden, but named
