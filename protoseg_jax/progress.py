@@ -10,7 +10,6 @@ import tqdm
 
 from protoseg_jax.devices import is_main
 
-
 T = TypeVar("T")
 
 
