@@ -122,7 +122,7 @@ def test_images_that_are_none_are_refused_in_one_line(model, image, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(tmp_path / "alpha.png")
     cases = [
-        (tmp_path / "text.png", "is of no known format"),
+        (tmp_path / "text.png", "text.png does not decode .of no known format."),
         (tmp_path / "none.png", "does not exist"),
         (tmp_path / "alpha.png", "has transparent pixels"),
         (image.astype(np.float32), "is float32"),

@@ -124,7 +124,7 @@ def test_one_that_fails_stops_no_other_and_what_is_done_stays(small_run, folder,
     with pytest.raises(UserError, match="2 of 8 images could not be segmented: .*2.png, .*empty"):
         segment.segment(path, [str(own)], str(out))
     told = capsys.readouterr().err
-    assert "2.png is of no known format" in told and "empty.jpg" in told
+    assert "2.png does not decode (of no known format)" in told and "empty.jpg" in told
     done = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
     assert sorted(p.relative_to(out).as_posix() for p in done) == [
         *("0/0.png", "0/1.png", "0/3.png", "1/4.png", "1/5.png", "1/6.png")
