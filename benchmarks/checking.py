@@ -84,26 +84,21 @@ def plant(root: Folder) -> list[Planted]:
 Spoil = Callable[[Folder, str], object]
 
 
-def _image(change: Callable[[np.ndarray], np.ndarray | bytes]) -> Spoil:
-    """The image anew, from its pixels: an array becomes a PNG under the JPEG's name."""
+def _anew(what: str, suffix: str) -> Callable[[Callable[[np.ndarray], np.ndarray | bytes]], Spoil]:
+    """What writes a pair's file anew from its pixels: bytes, or an array as PNG, under its name."""
 
-    def spoil(root: Folder, stem: str) -> None:
-        path = root / "images" / f"{stem}.jpg"
-        made = change(np.array(Image.open(path)))
-        path.write_bytes(made if isinstance(made, bytes) else _png(made))
+    def changed(change: Callable[[np.ndarray], np.ndarray | bytes]) -> Spoil:
+        def spoil(root: Folder, stem: str) -> None:
+            path = root / what / f"{stem}{suffix}"
+            made = change(np.array(Image.open(path)))
+            path.write_bytes(made if isinstance(made, bytes) else _png(made))
 
-    return spoil
+        return spoil
+
+    return changed
 
 
-def _mask(change: Callable[[np.ndarray], np.ndarray | bytes]) -> Spoil:
-    """The same of the mask."""
-
-    def spoil(root: Folder, stem: str) -> None:
-        path = root / "masks" / f"{stem}.png"
-        made = change(np.array(Image.open(path)))
-        path.write_bytes(made if isinstance(made, bytes) else _png(made))
-
-    return spoil
+_image, _mask = _anew("images", ".jpg"), _anew("masks", ".png")
 
 
 def _png(array: np.ndarray) -> bytes:

@@ -133,7 +133,7 @@ class MaskTable:
         found = table[values]
         strange = _visible(found == _UNKNOWN, mask.opacity)
         if strange.any():
-            raise self._strange_values(values, strange, where)
+            raise self._fault("value", values, strange, where)
         return found
 
     def _of_rgb(
@@ -153,7 +153,7 @@ class MaskTable:
         found = self._by_colour[codes]
         strange = _visible(found == _UNKNOWN, opacity)
         if strange.any():
-            raise self._strange_colours(codes, strange, where)
+            raise self._fault("colour", codes, strange, where)
         return found
 
     def _clear(
@@ -184,42 +184,34 @@ class MaskTable:
     def _by_colour(self) -> Int16[np.ndarray, " 16777216"]:
         return _table(self.colours, 2**24, len(self.values))
 
-    def _strange_values(self, values: np.ndarray, strange: np.ndarray, where: object) -> Fault:
-        counted = _most(values[strange])
-        value, count = counted[0]
+    def _strange_value(self, value: int) -> tuple[str, str]:
+        """(a value as it is written, why it is strange)."""
         of_classes = [v for v, label in self.values.items() if label != VOID]
         of_void = [v for v, label in self.values.items() if label == VOID]
-        fact = (
-            f"mask {where} holds the value {value} ({count} pixels)"
-            f"{_and_more(counted[1:], 'value')}, which is neither a class ({_ranges(of_classes)}) "
-            f"nor void ({_ranges(of_void)})"
-        )
-        if _looks_blurred(counted, values, strange):
-            return Fault(_BLURRED, fact, _SHARP)
-        return Fault(
-            "mask value that is no class",
-            fact,
-            self.advice.format(what="value"),
-        )
+        known = f"neither a class ({_ranges(of_classes)}) nor void ({_ranges(of_void)})"
+        return str(value), known
 
-    def _strange_colours(self, codes: np.ndarray, strange: np.ndarray, where: object) -> Fault:
-        counted = _most(codes[strange])
-        code, count = counted[0]
+    def _strange_colour(self, code: int) -> tuple[str, str]:
+        """(a colour as it is written, why it is strange)."""
         nearest, distance = self.nearest(code)
         label = self.colours[nearest]
         name = "void" if label == VOID else repr(self.names[label])
+        known = f"no class's (the nearest is #{nearest:06x} of {name}, {distance:.0f} away)"
+        return f"#{code:06x}", known
+
+    def _fault(self, what: str, values: np.ndarray, strange: np.ndarray, where: object) -> Fault:
+        """That a mask holds values, or colours, that are in no line."""
+        counted = _most(values[strange])
+        most, count = counted[0]
+        told = {"value": self._strange_value, "colour": self._strange_colour}[what]
+        shown, known = told(most)
         fact = (
-            f"mask {where} holds the colour #{code:06x} ({count} pixels)"
-            f"{_and_more(counted[1:], 'colour')}, which is no class's (the "
-            f"nearest is #{nearest:06x} of {name}, {distance:.0f} away)"
+            f"mask {where} holds the {what} {shown} ({count} pixels)"
+            f"{_and_more(counted[1:], what)}, which is {known}"
         )
-        if _looks_blurred(counted, codes, strange):
+        if _looks_blurred(counted, values, strange):
             return Fault(_BLURRED, fact, _SHARP)
-        return Fault(
-            "mask colour that is no class",
-            fact,
-            self.advice.format(what="colour"),
-        )
+        return Fault(f"mask {what} that is no class", fact, self.advice.format(what=what))
 
     def nearest(self, code: int) -> tuple[int, float]:
         """(the colour of the table that is nearest to another, their distance in RGB)."""
