@@ -22,8 +22,8 @@ _COMPARED = 5  # slips of lists that are compared with all names
 _LEFT_ALONE = ("__MACOSX",)  # that a Mac puts into archives; and what begins with a dot
 
 
-def files_below(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Files, broken links too, with one of the suffixes (in lower case), in the order of names.
+def files_below(folder: Path) -> Iterator[Path]:
+    """Image files (`images.SUFFIXES`) and links to such, broken ones too, in the order of names.
 
     Hidden files and folders are left alone; links to folders are followed, once.
 
@@ -44,7 +44,7 @@ def files_below(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if _is_seen(name))
         for name in sorted(names):
             path = Path(place, name)
-            if _is_seen(name) and path.suffix.lower() in suffixes:
+            if _is_seen(name) and path.suffix.lower() in images.SUFFIXES:
                 yield path
 
 
@@ -55,6 +55,10 @@ def _is_seen(name: str) -> bool:
 def key(name: str | os.PathLike) -> str:
     """What a file is called by: its path with slashes, in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", os.fspath(name).replace("\\", "/"))
+
+
+def _name(path: Path, folder: Path) -> str:
+    return key(path.relative_to(folder).with_suffix(""))
 
 
 def by_name(
@@ -70,7 +74,7 @@ def by_name(
     found: dict[str, Path] = {}
     faults: list[Fault] = []
     for path in paths:
-        name = key(path.relative_to(folder).with_suffix(""))
+        name = _name(path, folder)
         if not name.endswith(ending):
             continue
         name = name[: len(name) - len(ending)]
@@ -105,15 +109,7 @@ def by_name(
 
 def images_in(folder: Path) -> tuple[dict[str, Path], list[Fault]]:
     """As `by_name`, all images of a folder."""
-    return by_name(files_below(folder, images.SUFFIXES), folder)
-
-
-def masks_in(folder: Path, ending: str = "") -> tuple[dict[str, Path], list[Fault]]:
-    """As `by_name`, all masks of a folder whose names have an ending.
-
-    JPEGs are among them, to be refused with the reason instead of being overlooked.
-    """
-    return by_name(files_below(folder, images.SUFFIXES), folder, ending)
+    return by_name(files_below(folder), folder)
 
 
 def mask_ending(text: str) -> str:
@@ -154,8 +150,10 @@ class Pairs:
     def of(cls, folder: Path, mask_folder: Path, ending: str = "") -> "Pairs":
         """What lies in two folders, which may be one where masks have an ending."""
         pictures, faults = images_in(folder)
-        masks, wrong = masks_in(mask_folder, ending)
-        others = frozenset(masks_in(mask_folder)[0] if ending else masks)
+        # JPEGs among them, to be refused with the reason instead of being overlooked.
+        paths = list(files_below(mask_folder))
+        masks, wrong = by_name(paths, mask_folder, ending)
+        others = frozenset(_name(path, mask_folder) for path in paths)
         if os.path.samefile(folder, mask_folder):
             pictures = {n: path for n, path in pictures.items() if not n.endswith(ending)}
             wrong = []  # told of the images
@@ -207,7 +205,8 @@ class Pairs:
         for name in self.images:
             if name not in self.masks:
                 longer = [n for n in self.others if n.startswith(name) and n not in self.images]
-                return min(longer, key=len)[len(name) :] if longer else ""
+                ending = min(longer, key=len, default=name)[len(name) :]
+                return "" if ending.isdigit() else ending  # another's number
         return ""
 
     def _is_of(self, mask: str) -> bool:

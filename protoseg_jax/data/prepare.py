@@ -306,7 +306,7 @@ def file_stamp(path: Path) -> tuple[str, int, int] | Path:
     return os.fspath(path), status.st_size, status.st_mtime_ns
 
 
-# -- what data sets share -------------------------------------------------------------
+# -- what data sets share ----------------------------------------------------------------------
 
 
 def data_folder(config: ml_collections.ConfigDict, layout: str, inside: str = "") -> Path:

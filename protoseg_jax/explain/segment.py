@@ -102,12 +102,12 @@ def _named(text: str) -> Iterator[tuple[str, Path]]:
         return
     base = Path(text)
     if os.path.isdir(text):
-        files = files_below(base, images.SUFFIXES)
+        files = files_below(base)
     else:
         base = Path(*itertools.takewhile(lambda part: not _WILD & set(part), base.parts))
         hits = [Path(hit) for hit in glob.glob(_any_case(text), recursive=True)]
         files = itertools.chain.from_iterable(
-            files_below(hit, images.SUFFIXES) if hit.is_dir() else [hit] for hit in hits
+            files_below(hit) if hit.is_dir() else [hit] for hit in hits
         )
     for file in sorted(set(files)):
         below = file.relative_to(base)

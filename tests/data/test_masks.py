@@ -84,7 +84,7 @@ def stored(draw):
     return ends.join(lines) + ends * int(rng.integers(3)), file, labels[which]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(stored())
 def test_any_values_and_colours_mean_what_the_table_says(tmp_path_factory, case):
     text, file, labels = case
