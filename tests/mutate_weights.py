@@ -3,7 +3,7 @@
     python -m tests.mutate_weights [--count=10000] [--format=npz …] [--seed=0] [--out=FILE.md]
     python -m tests.mutate_weights --format=npz --seed=0 --first=N --count=1 --keep=FOLDER
 
-Small files of every format that `weights.READERS` reads are changed: their bytes, the structure of
+Small files of every format that `readers.READERS` reads are changed: their bytes, the structure of
 their zip archives, headers and pickles, and what their tensors are. Mutant N of a format and seed
 is always the same. Anything but weights or a `UserError` of one line is a failure: another
 exception, words of a library on stdout or stderr, an action beyond reading, memory beyond the
@@ -40,7 +40,7 @@ from flax import traverse_util
 
 from benchmarks import machine
 from protoseg_jax.errors import UserError, one_line
-from protoseg_jax.models import resnet, weights
+from protoseg_jax.models import readers, resnet, weights
 from tests.models import torch_files
 from tests.models import weights as made
 
@@ -720,7 +720,7 @@ def trial(suffix: str, seed: int, numbers: range) -> Iterator[tuple[int, str, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [suffix.removeprefix(".") for suffix in weights.READERS]
+    names = [suffix.removeprefix(".") for suffix in readers.READERS]
     parser.add_argument("--count", type=int, default=10000, help="mutants of each format")
     parser.add_argument("--format", nargs="+", default=names, choices=names)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from protoseg_jax import models
 from protoseg_jax.errors import UserError
-from protoseg_jax.models import weights
+from protoseg_jax.models import names, readers, weights
 from protoseg_jax.models.depthwise import DepthwiseConv
 from protoseg_jax.models.layers import Conv, FrozenBatchNorm, is_kernel
 from protoseg_jax.models.preprocessing import Preprocessing
@@ -186,7 +186,7 @@ _EPSILON = 1e-3  # of its BatchNorms
 _IGNORED = r"(_conv_head|_fc)\.(weight|bias)|_bn1\.(weight|bias|running_mean|running_var)"
 
 
-def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
+def port(tensors: readers.Tensors, where: Any) -> weights.Ported:
     """A state dict of efficientnet-lite-pytorch (arrays as PyTorch lays them out) of file `where`
     in our names.
 
@@ -200,7 +200,7 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
     shapes = {v: (sum(row.blocks for row in rows(v)), rows(v)[-1].channels) for v in VARIANTS}
     variant = next((v for v, shape in shapes.items() if shape == found), None)
     if variant is None:
-        some = weights.named(tensors) or "none"
+        some = names.named(tensors) or "none"
         raise UserError(
             f"weights {where} are of an unknown network (its tensors: {some}); known are those of "
             "efficientnet-lite-pytorch, Lite0 to Lite4"

@@ -255,7 +255,7 @@ def configured(origin: str, path: Path) -> str:
     for key, values in supported.items():
         if config.get(key, values[0]) not in values:
             raise UserError(
-                f"{path.with_name('config.json')} says {key}={weights.named([str(config[key])])}, "
+                f"{path.with_name('config.json')} says {key}={names.named([str(config[key])])}, "
                 "which is no ResNet that is supported; use weights of one with "
                 f"{key}={' or '.join(map(str, values))}"
             )
@@ -263,7 +263,7 @@ def configured(origin: str, path: Path) -> str:
     return "transformers_1x1" if config.get("downsample_in_bottleneck") and not basic else origin
 
 
-def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
+def port(tensors: readers.Tensors, where: Any) -> weights.Ported:
     """A state dict (arrays as PyTorch lays them out) of file `where` in our names.
 
     Raises:
@@ -274,17 +274,17 @@ def port(tensors: weights.Tensors, where: Any) -> weights.Ported:
         bare = {n.removeprefix(prefix): t for n, t in tensors.items()}
         if len(bare) < len(tensors):
             twice = next(n for n in tensors if n.startswith(prefix) and n[len(prefix) :] in tensors)
-            both = " and ".join(weights.named([n]) for n in (twice, twice.removeprefix(prefix)))
+            both = " and ".join(names.named([n]) for n in (twice, twice.removeprefix(prefix)))
             raise UserError(
                 f"weights {where} hold both {both}; leave one of the two networks in the file"
             )
         tensors = bare
     origin = next((o for o in _NAMINGS if names.KNOWN_BY.get(o) in tensors), None)
     if origin is None:
-        some = weights.named(tensors) or "none"
+        some = names.named(tensors) or "none"
         wanted = names.KNOWN_BY["torchvision"]
         near = names.nearest(wanted, tensors)
-        hint = f"; nearest to torchvision's {wanted} is {weights.named([near])}" if near else ""
+        hint = f"; nearest to torchvision's {wanted} is {names.named([near])}" if near else ""
         raise UserError(
             f"weights {where} are of an unknown network (its tensors: {some}{hint}); known are "
             "the ResNets of torchvision and transformers, the PyTorch DeepLabv2 port and the "

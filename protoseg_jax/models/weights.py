@@ -23,13 +23,12 @@ from jaxtyping import Float, Int
 from protoseg_jax.errors import UserError
 from protoseg_jax.files import write_atomically
 from protoseg_jax.models import names, readers
+from protoseg_jax.models.names import named
 from protoseg_jax.models.prototypes import equal_blocks
-from protoseg_jax.models.readers import not_ours
+from protoseg_jax.models.readers import Tensors, not_ours
 
 _CLEAR = 0.25  # by how much a prototype's largest weight must lead to tell its class
 _DEEPEST = 16  # levels of a tree of parameters, more than any network's
-
-READERS, Tensors, named = readers.READERS, readers.Tensors, names.named
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from protoseg_jax.errors import UserError
-from protoseg_jax.models import resnet, weights
+from protoseg_jax.models import readers, resnet, weights
 from tests import mutate_weights
 from tests.models import torch_files
 from tests.models import weights as made
@@ -74,7 +74,7 @@ def test_mutants_of_an_index(tmp_path):
 
 
 def test_every_kind_of_file_is_mutated():
-    assert mutate_weights.SAMPLES.keys() == weights.READERS.keys()
+    assert mutate_weights.SAMPLES.keys() == readers.READERS.keys()
 
 
 def raises(path):

@@ -27,7 +27,7 @@ def read(folder, data):
     """The tensors of a file, as `weights.load` gets them."""
     path = folder / "a.pth"
     path.write_bytes(data)
-    return weights.READERS[".pth"](path)
+    return readers.READERS[".pth"](path)
 
 
 def same(got, expected):
@@ -162,7 +162,7 @@ def test_nothing_is_executed(zipped, tmp_path):
         beside = {"state_dict": {"a": np.zeros(3, np.float32)}, "x": Raw(opcodes)}
         path.write_bytes(torch_files.written(beside, zipped))
         try:
-            same(weights.READERS[".pth"](path), {"a": np.zeros(3, np.float32)})
+            same(readers.READERS[".pth"](path), {"a": np.zeros(3, np.float32)})
         except ValueError as error:  # opcodes that PyTorch's pickles have not
             assert "its pickle" in str(error)
         path.write_bytes(act)

@@ -36,7 +36,7 @@ def theirs(path):
 
 def check(path):
     """Both readers find the same; its tensors."""
-    got, expected = weights.READERS[path.suffix](path), theirs(path)
+    got, expected = readers.READERS[path.suffix](path), theirs(path)
     assert list(got) == list(expected)
     for name, array in expected.items():
         assert got[name].dtype == array.dtype and got[name].shape == array.shape, name
@@ -66,7 +66,7 @@ def test_every_type_of_numbers(name, zipped, tmp_path):
         assert len(check(path)) == 4
         return
     content = {n: t.float() if dtype.is_floating_point else t for n, t in content.items()}
-    for n, array in weights.READERS[".pth"](path).items():  # PyTorch itself reads none of these
+    for n, array in readers.READERS[".pth"](path).items():  # PyTorch itself reads none of these
         np.testing.assert_array_equal(array, content[n].numpy(), strict=True)
 
 
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_lightning(zipped, tmp_path):
         "args": argparse.Namespace(size=np.arange(3), device=torch.device("cpu")),
     }
     save(content, tmp_path / "a.pth", zipped)
-    got = weights.READERS[".pth"](tmp_path / "a.pth")
+    got = readers.READERS[".pth"](tmp_path / "a.pth")
     assert list(got) == list(module.state_dict())
     for name, tensor in module.state_dict().items():
         np.testing.assert_array_equal(got[name], tensor.numpy())
@@ -201,7 +201,7 @@ def test_mutants_hold_what_pytorch_finds_in_them(tmp_path):
         done, data = mutants[number]
         path.write_bytes(data)
         try:
-            weights.READERS[".pth"](path)
+            readers.READERS[".pth"](path)
         except Exception:
             continue
         loaded += 1
