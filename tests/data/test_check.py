@@ -135,6 +135,7 @@ def test_thin_lines_of_many_classes_are_no_edges_of_a_drawn_mask():
         assert ("mask of thin lines" in findings.doubts) == doubtful
 
 
+@pytest.mark.slow
 def test_the_command(clean, tmp_path):
     line = [sys.executable, "-m", "protoseg_jax", "check"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

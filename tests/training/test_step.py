@@ -294,6 +294,7 @@ def test_optimizer_is_adam_with_coupled_decay_where_the_method_has_it():
         np.testing.assert_allclose(got, literal_adam(start, series, schedule, decay), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_frozen_groups_cost_nothing():
     """Warm-up has no backward pass through the ResNet, fine-tuning keeps to w_h."""
     config = make_resnet_config()
