@@ -22,6 +22,9 @@ def say(text: str) -> None:
 class Progress:
     """A bar with rate, loss and ETA on a terminal; plain lines elsewhere.
 
+    What is left is told from the second line on, by the time since the first, before which programs
+    were compiled.
+
     Args:
       name: of the work.
       total: steps or images.
@@ -35,8 +38,8 @@ class Progress:
     ):
         self._plain = not sys.stderr.isatty() or not is_main()
         self._name, self._total, self.done, self._unit = name, total, done, unit
-        self._start, self._begun = time.monotonic(), done
-        self._brief, self._said = brief, self._start if brief else 0.0
+        self._first: tuple[float, int] | None = None  # when the first was done, and what was then
+        self._silent, self._said = brief, time.monotonic() if brief else 0.0
         self._bar = tqdm.tqdm(
             total=total, initial=done, desc=name, unit=unit, disable=self._plain, leave=False
         )
@@ -62,12 +65,15 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        over = self.done >= self._total and not (self._brief and self._said == self._start)
+        self._first = self._first or (now, self.done)
+        over = self.done >= self._total and not self._silent
         if self._plain and (now - self._said > 10 or over):
-            self._said = now
-            left = (self._total - self.done) * (now - self._start) / (self.done - self._begun)
+            self._said, self._silent = now, False
             parts = [f"{self._name}: {self._unit} {self.done}/{self._total}"]
             if loss is not None:
                 parts += [f"loss {loss:.4f}", f"{rate:.1f} images/s"]
-            parts.append(f"{datetime.timedelta(seconds=round(left))} left")
+            then, before = self._first
+            if self.done > before:
+                left = (self._total - self.done) * (now - then) / (self.done - before)
+                parts.append(f"{datetime.timedelta(seconds=round(left))} left")
             say(", ".join(parts))
