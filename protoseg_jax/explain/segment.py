@@ -28,9 +28,9 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -47,6 +47,8 @@ from protoseg_jax.files import read_json, write_atomically, write_json
 from protoseg_jax.inference import Inference
 from protoseg_jax.program import Interrupts
 from protoseg_jax.progress import Progress, say
+
+T = TypeVar("T")
 
 KINDS = ("overlay", "probabilities", "evidence")
 _ENDINGS = {
@@ -336,7 +338,7 @@ class Segmenter:
         outputs = self._model.experiment.pool.outputs(
             self._step, self._model.checkpoint.variables, batches()
         )
-        for _, said in outputs:
+        for said in _one_behind(said for _, said in outputs):
             said = {key: np.asarray(x).reshape(-1, *x.shape[2:]) for key, x in said.items()}
             for n, cut in enumerate(queue.popleft()):
                 cut.said = {key: x[n] for key, x in said.items()}
@@ -396,6 +398,15 @@ class Segmenter:
             if full_disk(error):
                 raise
             raise UserError(f"{path} cannot be written ({reason(error)})") from error
+
+
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The items, each once the next has been asked for: the network is at work on a batch while
+    what it said of the one before is written."""
+    first, second = itertools.tee(items)
+    next(first, None)
+    for _, item in itertools.zip_longest(first, second):
+        yield item
 
 
 @functools.lru_cache(maxsize=4)

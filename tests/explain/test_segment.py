@@ -200,8 +200,7 @@ def test_images_that_are_none(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_works_in_tiles(small_run, folder, tmp_path, monkeypatch):
     """As the model by itself does, and an image smaller than a tile is told."""
-    monkeypatch.setattr(segmentation, "_STRIP", 64 * 64)  # several strips a tile
-    monkeypatch.setattr(segmentation, "_STEP", 8)
+    monkeypatch.setattr(segmentation, "_ROWS", 8)  # several strips a tile
     config = small_run.experiment.config.copy_and_resolve_references()
     config.eval_size, config.eval_overlap = (33, 33), 8
     tiled = Model(small_run.workdir, experiment(config), "projection", small_run.checkpoint)
@@ -227,7 +226,7 @@ def test_a_run_that_works_in_tiles(small_run, folder, tmp_path, monkeypatch):
 
 def test_strips_are_the_whole(monkeypatch):
     """Rows at a time, whatever does not divide."""
-    monkeypatch.setattr(segmentation, "_STRIP", 64 * 192 * 3)
+    monkeypatch.setattr(segmentation, "_ROWS", 64)
     logits = np.random.default_rng(0).normal(size=(9, 7, 3)).astype(np.float32)
     size = (200, 150)
     whole = segmentation.predict(logits[None], np.array([size]), (256, 192))[0]
