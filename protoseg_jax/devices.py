@@ -6,6 +6,7 @@ process, and are split into [n, B/n, ...] here and nowhere else.
 """
 
 import collections
+import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -108,6 +109,13 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in _MALLOC.values():
         mallopt(parameter, value)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc give back what is freed by now: after work on images of all sizes its heap has
+    holes that nothing else fits."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def split_cpu(

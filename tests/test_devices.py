@@ -98,6 +98,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["keep"] < 1000 < faults["leave"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
+def test_freed_memory_is_given_back():
+    """What lies below memory that is still used, too."""
+    program = """
+import pathlib
+from protoseg_jax import devices
+
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+devices.keep_freed_memory()
+below, above = b"x" * (200 << 20), b"x" * (1 << 20)
+del below
+before = resident()
+devices.give_back_freed_memory()
+print(before - resident())
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert int(told) > 150
+
+
 def test_processes_bring_one_device_each(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")

@@ -156,25 +156,17 @@ def _cell(caption: str, example: prepare.Example, labels: LabelSet) -> Image.Ima
 
 def _sheet(cells: list[Image.Image], labels: LabelSet) -> UInt8[np.ndarray, "h w 3"]:
     """All cells in rows, and the classes' colours below."""
-    gap, font = 6, ImageFont.load_default(13)
+    gap = 6
     rows = [cells[n : n + _COLUMNS] for n in range(0, len(cells), _COLUMNS)]
     width = (_CELL + gap) * max(map(len, rows)) + gap
-    places, x, y = [], gap, 0
-    for name in labels.names:  # the legend, line by line
-        needed = 24 + int(font.getlength(name)) + 3 * gap
-        if x > gap and x + needed > width:
-            x, y = gap, y + 22
-        places.append((x, y))
-        x += needed
+    legend = Image.fromarray(labels.legend(width))
     heights = [max(cell.height for cell in row) + gap for row in rows]
-    picture = Image.new("RGB", (width, sum(heights) + y + 22 + 2 * gap), "white")
+    size = max(width, legend.width), sum(heights) + legend.height + gap
+    picture = Image.new("RGB", size, "white")
     top = gap
     for row, height in zip(rows, heights, strict=True):
         for n, cell in enumerate(row):
             picture.paste(cell, (gap + n * (_CELL + gap), top))
         top += height
-    draw = ImageDraw.Draw(picture)
-    for name, colour, (x, y) in zip(labels.names, labels.colours, places, strict=True):
-        draw.rectangle((x, top + y + 2, x + 18, top + y + 18), colour, "black")
-        draw.text((x + 24, top + y + 2), name, "black", font)
+    picture.paste(legend, (0, top))
     return np.array(picture)

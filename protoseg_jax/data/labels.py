@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
 
 VOID = 255
 """Label of a pixel without a class, on the host and on the device."""
 
 Colour = tuple[int, int, int]
+_GAP, _LINE = 6, 22  # pixels, of a legend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,28 @@ class LabelSet:
         table = np.full((VOID + 1, 3), void, np.uint8)
         table[: len(self)] = self.colours
         return table[labels]
+
+    def legend(self, width: int) -> UInt8[np.ndarray, "h w 3"]:
+        """A picture of the classes' colours and names, in as many lines as they need.
+
+        Args:
+          width: in pixels, more where one name needs more.
+        """
+        font, indents = ImageFont.load_default(13), 24
+        needed = [indents + int(font.getlength(name)) + 3 * _GAP for name in self.names]
+        width = max(width, *(_GAP + n for n in needed)) if needed else width
+        places, x, y = [], _GAP, 0
+        for n in needed:
+            if x > _GAP and x + n > width:
+                x, y = _GAP, y + _LINE
+            places.append((x, y))
+            x += n
+        picture = Image.new("RGB", (width, y + _LINE + _GAP), "white")
+        draw = ImageDraw.Draw(picture)
+        for name, colour, (x, y) in zip(self.names, self.colours, places, strict=True):
+            draw.rectangle((x, y + 2, x + 18, y + 18), colour, "black")
+            draw.text((x + indents, y + 2), name, "black", font)
+        return np.array(picture)
 
 
 # Okabe and Ito's eight, told apart by most colour-blind people, the background's black first.

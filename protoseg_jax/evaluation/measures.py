@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from protoseg_jax import extensions
 from protoseg_jax.data.labels import VOID
-from protoseg_jax.devices import total
+from protoseg_jax.devices import give_back_freed_memory, total
 from protoseg_jax.inference import Inference, shrink_labels
 from protoseg_jax.models.protoseg import Output
 from protoseg_jax.progress import Progress
@@ -124,6 +124,7 @@ def take(
     for m, found in zip(measures, zip(*passed, strict=True), strict=True):
         collect = _total if m.summed else _joined
         result |= m.finish(jax.tree.map(collect, *map(pool.all, found)))
+    give_back_freed_memory()
     return result
 
 

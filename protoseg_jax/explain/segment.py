@@ -3,6 +3,7 @@
 ```
 OUT/
   segment.json            the network, so that nothing else goes on here
+  segment.classes.jpg     the classes' colours and names
   segmented.jsonl         a line an image that is done: its name, file, size, time and kinds
   NAME.png                the class of each pixel, indexed, in the run's colours
   NAME.overlay.jpg        the image under its classes' colours
@@ -57,7 +58,8 @@ _ENDINGS = {
     "probabilities": ".probabilities.npz",
     "evidence": ".evidence.npz",
 }
-_ABOUT, _DONE = "segment.json", "segmented.jsonl"
+_ABOUT, _DONE, _LEGEND = "segment.json", "segmented.jsonl", "segment.classes.jpg"
+_LEGEND_WIDTH = 640
 _THREADS = 2  # that read, and as many that write
 _WILD = set("*?[")
 
@@ -191,6 +193,8 @@ class Segmenter:
                     f"phase {known.get('phase')}; name another --out"
                 )
             write_json(self._out / _ABOUT, {"run": str(model.workdir.path), **about})
+            legend = images.encode(model.classes.legend(_LEGEND_WIDTH), ".jpg", 95)
+            write_atomically(self._out / _LEGEND, legend)
             with contextlib.suppress(FileNotFoundError):
                 for line in (self._out / _DONE).read_text().splitlines():
                     with contextlib.suppress(ValueError):  # cut short when it was killed

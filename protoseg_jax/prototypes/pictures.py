@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float, UInt8
+from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
 from protoseg_jax import images, models
@@ -25,6 +26,28 @@ from protoseg_jax.run.prototypes import FOLDER, Prototype, write_record
 
 _COLUMNS = 10
 _SOURCE_SIDE, _SOURCE_QUALITY = 1024, 90
+_PANEL_SIDE = 512  # of images in a class's picture
+
+
+@dataclasses.dataclass(frozen=True)
+class _Panels:
+    """What is drawn of one prototype.
+
+    Attributes:
+      prototype: whose.
+      crop: its patch with surroundings.
+      inner: the patch within, [top, left, bottom, right].
+      source: the image that it comes from, shrunk.
+      box: the patch in that.
+      activation: its similarity (eq. 1) over the image, at feature-map resolution.
+    """
+
+    prototype: Prototype
+    crop: UInt8[np.ndarray, "h w 3"]
+    inner: Sequence[int]
+    source: UInt8[np.ndarray, "h w 3"]
+    box: Sequence[float]
+    activation: Float[np.ndarray, "h w"]
 
 
 def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
@@ -65,49 +88,34 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
         own = [(j, p) for j, p in enumerate(prototypes) if p.class_ == c]  # the bias is last
         if not own:
             continue
-        pictures = [source[p.image]["image"] for _, p in own]
-        activations = [
-            np.asarray(infer(checkpoint.variables, inference.prepare(image))[..., j])
-            for image, (j, _) in zip(pictures, own, strict=True)
-        ]
-        for image, (_, p) in zip(pictures, own, strict=True):
-            crop, _ = images.crop_with_context(image, p.box)
+        panels = []
+        for j, p in own:
+            image = source[p.image]["image"]  # one at a time: it may be huge
+            crop, inner = images.crop_with_context(image, p.box)
             write_atomically(folder / f"{p.index:03d}.png", images.encode(crop))
+            activation = np.asarray(infer(checkpoint.variables, inference.prepare(image))[..., j])
+            small = images.shrink(image, _PANEL_SIDE)
+            scale = np.array(small.shape[:2] * 2) / (image.shape[:2] * 2)
+            panels.append(_Panels(p, crop, inner, small, list(p.box * scale), activation))
         kind, top = models.kind(experiment.config.model), np.log(1 / EPSILON)
         if kind == "direction":
-            top = max(1e-9, *(x.max() for x in activations))
-        drawn = _class_picture(
-            kind,
-            name,
-            [p for _, p in own],
-            pictures,
-            activations,
-            top,
-        )
+            top = max(1e-9, *(x.activation.max() for x in panels))
+        drawn = _class_picture(kind, name, panels, top)
         write_atomically(folder / f"class_{c:02d}_{images.file_name(name)}.png", drawn)
 
 
-def _class_picture(
-    kind: str,
-    class_name: str,
-    prototypes: Sequence[Prototype],
-    pictures: Sequence[UInt8[np.ndarray, "h w 3"]],
-    activations: Sequence[Float[np.ndarray, "h w"]],
-    top: float,
-) -> bytes:
+def _class_picture(kind: str, class_name: str, panels: Sequence[_Panels], top: float) -> bytes:
     """A PNG of one class's prototypes: patch with surroundings, source image, activation over it.
 
     Args:
       kind: "prototype" or "direction".
       class_name: shown in the title.
-      prototypes: the class's.
-      pictures: each one's source image.
-      activations: similarity (eq. 1) of each prototype over its source image, at feature-map
-        resolution.
-      top: they are drawn on one scale, 0 … top: log(1/ε), that of a patch and itself.
+      panels: of the class's prototypes.
+      top: activations are drawn on one scale, 0 … top: log(1/ε), that of a patch and itself;
+        colours go by its square root, as most similarities are small beside that.
     """
-    columns = min(len(prototypes), _COLUMNS)
-    bands = -(-len(prototypes) // columns)
+    columns = min(len(panels), _COLUMNS)
+    bands = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         3 * bands,
         columns,
@@ -117,21 +125,22 @@ def _class_picture(
     )
     for axis in axes.flat:
         axis.axis("off")
-    for n, (p, image, activation) in enumerate(zip(prototypes, pictures, activations, strict=True)):
-        crop, inner = images.crop_with_context(image, p.box)
+    for n, of in enumerate(panels):
+        p, image = of.prototype, of.source
         band, column = divmod(n, columns)
         patch, source, heat = axes[3 * band : 3 * band + 3, column]
-        patch.imshow(crop, interpolation="nearest")
-        patch.add_patch(outline(inner))
+        patch.imshow(of.crop, interpolation="nearest")
+        patch.add_patch(outline(of.inner))
         patch.set_title(f"{kind} {p.index}", fontsize=8)
         source.imshow(image)
-        source.add_patch(outline(p.box))
+        source.add_patch(outline(of.box))
         source.set_title(_short(p.image_id), fontsize=6)
         heat.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap="gray")
         size = (image.shape[1], image.shape[0])
-        activation = cv2.resize(activation.astype(np.float32), size)  # bilinear
-        heat.imshow(activation, cmap="viridis", alpha=0.65, vmin=0.0, vmax=top)
-        heat.add_patch(outline(p.box))
+        activation = cv2.resize(of.activation.astype(np.float32), size)  # bilinear
+        norm = PowerNorm(0.5, vmin=0.0, vmax=top)
+        heat.imshow(activation, cmap="viridis", alpha=0.65, norm=norm)
+        heat.add_patch(outline(of.box))
     figure.suptitle(f"{class_name}: patch · source image · activation", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
@@ -139,7 +148,7 @@ def _class_picture(
     return buffer.getvalue()
 
 
-def outline(box: Sequence[int]) -> Rectangle:
+def outline(box: Sequence[float]) -> Rectangle:
     """A white frame around a box of pixels, for an axis that shows the image."""
     top, left, bottom, right = box
     corner = (left - 0.5, top - 0.5)

@@ -144,6 +144,7 @@ def test_one_that_fails_stops_no_other_and_what_is_done_stays(small_run, folder,
 
     segment.segment(path, [str(own)], str(out), ["overlay"])  # of which nothing is there yet
     assert len(list(out.rglob("*.overlay.jpg"))) == 7
+    assert (out / "segment.classes.jpg").exists()
     other = Model.load(path, "joint")
     with pytest.raises(UserError, match="holds what another network said, of .*; name another"):
         Segmenter(other, out)
