@@ -2,10 +2,10 @@
 
     python -m tests.kill [--runs=50] [--signal=KILL] [--seed=0] [--out=FILE.md]
 
-Each run is `train.py` with a U-Net on a small folder data set through every phase, killed up to three times,
-each time at a random moment of what an undisturbed run takes, then left to finish. Its parameters
-after every phase, prototypes and scores must equal the undisturbed run's bit for bit, or the
-program fails.
+Each run is `train.py` with a U-Net on a small folder data set through every phase, killed up to
+three times, each time at a random moment of what an undisturbed run takes, then left to finish. Its
+parameters after every phase, prototypes and scores must equal the undisturbed run's bit for bit, or
+the program fails.
 """
 
 import argparse
