@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import struct
 import unicodedata
 
 import numpy as np
@@ -386,3 +387,41 @@ def test_a_mask_ending():
         ("", ""),
     ):
         assert pairs.mask_ending(text) == ending
+
+
+def test_a_tiff_beyond_4_gib_is_read_as_any(tmp_path):
+    """Whatever its size: the form alone says so."""
+    mask = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for name, array in (("a.tif", PICTURES[0]), ("m.tif", mask)):
+        Image.fromarray(array).save(tmp_path / name, big_tiff=True)
+        assert (tmp_path / name).read_bytes()[:4] == b"II+\0"
+    np.testing.assert_array_equal(images.read(tmp_path / "a.tif"), PICTURES[0])
+    decoded = images.decode_mask((tmp_path / "m.tif").read_bytes(), "m")
+    np.testing.assert_array_equal(decoded.values, mask)
+
+
+def packed_tiff(values: np.ndarray, bits: int) -> bytes:
+    """A grey TIFF with so many bits a pixel, rows filled up to bytes, most significant first."""
+    height, width = values.shape
+    places = np.arange(bits)[::-1]
+    rows = (values[..., None] >> places & 1).reshape(height, -1).astype(np.uint8)
+    data = np.packbits(rows, axis=1).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags[279] = len(data)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, x) for tag, x in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
+def test_12_packed_bits_are_refused_not_read_as_other_numbers(tmp_path):
+    """The same form with 8 bits is read."""
+    values = np.random.default_rng(0).integers(0, 256, (5, 7))
+    (tmp_path / "a.tif").write_bytes(packed_tiff(values, 8))
+    grey = np.repeat(values[..., None].astype(np.uint8), 3, 2)
+    np.testing.assert_array_equal(images.read(tmp_path / "a.tif"), grey)
+    packed = packed_tiff(16 * values, 12)
+    (tmp_path / "a.tif").write_bytes(packed)
+    with pytest.raises(UserError, match="a.tif is neither grey nor RGB with 8 or 16 bits"):
+        images.read(tmp_path / "a.tif", 4095)
+    with pytest.raises(UserError, match="a.tif is neither grey nor RGB with 8 or 16 bits"):
+        Reading(white=4095).image(packed, "a.tif")
