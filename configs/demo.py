@@ -24,7 +24,7 @@ def get_config(row: str = "lite0") -> ConfigDict:
     if row == "lite0":  # by the map at stride 16
         _parts(c, anchors=1, steps=120)
     if row == "scratch":  # by the only map, ResNet's last, which learns the classes before
-        c.pretrained.blackbox, c.phases.joint.steps = 900, 850
+        c.pretrained.blackbox, c.phases.joint.steps = 1600, 1500
         c.model.prototype_init = "patches"
         _parts(c, anchors=0, steps=60)
     c.log_every = 10

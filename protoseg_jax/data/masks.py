@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from jaxtyping import Int16, UInt8, UInt16
 
-from protoseg_jax import images
+from protoseg_jax import decoding
 from protoseg_jax.data.labels import VOID, Colour, LabelSet, generic
 from protoseg_jax.data.reading import colours_used, text_in
 from protoseg_jax.errors import Fault, UserError
@@ -72,7 +72,7 @@ class MaskTable:
         return own == {n: n for n in range(len(self.names))} and not others
 
     def labels(
-        self, mask: images.Mask, where: object
+        self, mask: decoding.Mask, where: object
     ) -> tuple[UInt8[np.ndarray, "h w"], dict[str, int]]:
         """(the class of each pixel of a mask, and VOID; pixels by the value or colour they have).
 
@@ -106,12 +106,12 @@ class MaskTable:
         meanings += [(f"#{code:06x}", label) for code, label in self.colours.items()]
         return [*meanings, (TRANSPARENT, self.transparent or 0)]
 
-    def _without_idle_alpha(self, mask: images.Mask) -> images.Mask:
+    def _without_idle_alpha(self, mask: decoding.Mask) -> decoding.Mask:
         """An index means what it does, transparent or not, unless the table says otherwise."""
         idle = mask.palette and self.values and self.transparent is None
         return mask._replace(opacity=None) if idle else mask
 
-    def _check_palette(self, mask: images.Mask, where: object) -> None:
+    def _check_palette(self, mask: decoding.Mask, where: object) -> None:
         """Refuse an index of a class whose palette has the colour of another class."""
         if not (mask.palette and self.values and self.colours):
             return
@@ -126,7 +126,7 @@ class MaskTable:
                     "leave out the values or the colours in classes.txt, whichever is not meant",
                 )
 
-    def _of_values(self, mask: images.Mask, where: object) -> Int16[np.ndarray, "h w"]:
+    def _of_values(self, mask: decoding.Mask, where: object) -> Int16[np.ndarray, "h w"]:
         values, table = mask.values, self._by_value
         if mask.bits == 1 and 1 not in self.values and self.values.get(255, VOID) != VOID:
             values = np.where(values, 255, 0)  # white
@@ -141,7 +141,7 @@ class MaskTable:
     ) -> Int16[np.ndarray, "h w"]:
         grey = (rgb == rgb[..., :1]).all()
         if not self.colours and grey:
-            return self._of_values(images.Mask(rgb[..., 0], opacity=opacity), where)
+            return self._of_values(decoding.Mask(rgb[..., 0], opacity=opacity), where)
         codes = _codes(rgb)
         if not self.colours:
             codes = codes[_visible(np.ones(codes.shape, bool), opacity)]
@@ -400,7 +400,7 @@ def _table(known: Collection[int], size: int, first: int) -> Int16[np.ndarray, "
     return table
 
 
-def _in_colour(mask: images.Mask, where: object) -> UInt8[np.ndarray, "h w 3"]:
+def _in_colour(mask: decoding.Mask, where: object) -> UInt8[np.ndarray, "h w 3"]:
     """A grey or indexed mask's colours."""
     if mask.palette:
         palette = np.zeros((256, 3), np.uint8)

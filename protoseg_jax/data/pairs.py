@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from protoseg_jax import images
+from protoseg_jax import decoding
 from protoseg_jax.data.labels import VOID
 from protoseg_jax.data.masks import MaskTable
 from protoseg_jax.data.prepare import Example, file_stamp
@@ -23,7 +23,7 @@ _LEFT_ALONE = ("__MACOSX",)  # that a Mac puts into archives; and what begins wi
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Image files (`images.SUFFIXES`) and links to such, broken ones too, in the order of names.
+    """Image files (`decoding.SUFFIXES`) and links to such, broken ones too, in the order of names.
 
     Hidden files and folders are left alone; links to folders are followed, once.
 
@@ -44,7 +44,7 @@ def files_below(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if _is_seen(name))
         for name in sorted(names):
             path = Path(place, name)
-            if _is_seen(name) and path.suffix.lower() in images.SUFFIXES:
+            if _is_seen(name) and path.suffix.lower() in decoding.SUFFIXES:
                 yield path
 
 
@@ -114,7 +114,7 @@ def images_in(folder: Path) -> tuple[dict[str, Path], list[Fault]]:
 
 def mask_ending(text: str) -> str:
     """`data.mask_suffix` as the ending of a name without suffix: "_mask" of "_mask.png"."""
-    stem = next((text[: -len(s)] for s in images.SUFFIXES if text.lower().endswith(s)), text)
+    stem = next((text[: -len(s)] for s in decoding.SUFFIXES if text.lower().endswith(s)), text)
     return key(stem)
 
 
@@ -234,7 +234,7 @@ class Names:
         """The name, or what is wrong with the line of the list `where`."""
         text = key(line.strip()).removeprefix("./")
         bare, suffix = os.path.splitext(text)
-        forms = [text, bare] if suffix.lower() in images.SUFFIXES else [text]
+        forms = [text, bare] if suffix.lower() in decoding.SUFFIXES else [text]
         for form in forms:
             for name in (form, form.removeprefix(self._folder), form.partition(self._folder)[2]):
                 if name in self._known:
@@ -283,7 +283,7 @@ def read_pair(
     shape = found.values.shape[:2]
     if shape != size:
         advice = "make them equal"
-        if shape == size[::-1] and images.header(image.read_bytes()).orientation > 4:
+        if shape == size[::-1] and decoding.header(image.read_bytes()).orientation > 4:
             other = {"apply": "ignore", "ignore": "apply"}[reading.exif]
             advice = (
                 f"with data.exif={reading.exif} they do not fit, so set --config.data.exif={other}"

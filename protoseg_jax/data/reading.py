@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 
-from protoseg_jax import images
+from protoseg_jax import decoding, images
 from protoseg_jax.errors import Fault, UserError, reason
 
 _EXIF = ("apply", "ignore")
@@ -49,22 +49,22 @@ class Reading:
         The bytes are those given where these have 8 bits and no orientation, else a PNG.
 
         Raises:
-          Fault: it is none (see `images.decode_file`), or needs a setting that is not there;
+          Fault: it is none (see `decoding.decode_file`), or needs a setting that is not there;
             `where` names it.
         """
-        pixels, header = images.decode_file(data, where)
+        pixels, header = decoding.decode_file(data, where)
         plain = self.white_at_255(pixels, where)
         plain = self.upright(plain, header.orientation, f"image {where}")
         as_found = header.orientation == 1 and pixels.dtype == np.uint8 and header.mode != "CMYK"
         return data if as_found else images.encode(plain), plain
 
-    def picture(self, image: images.ImageLike) -> UInt8[np.ndarray, "h w 3"]:
-        """Any image to be looked at as those that trained are (see `images.read`).
+    def picture(self, image: decoding.ImageLike) -> UInt8[np.ndarray, "h w 3"]:
+        """Any image to be looked at as those that trained are (see `decoding.read`).
 
         Raises:
           UserError: it is none.
         """
-        return images.read(image, self.white, as_shown=self.exif != "ignore")
+        return decoding.read(image, self.white, as_shown=self.exif != "ignore")
 
     def white_at_255(self, pixels: np.ndarray, where: object) -> UInt8[np.ndarray, "h w *c"]:
         """Pixels of an image with 8 bits.
@@ -72,21 +72,21 @@ class Reading:
         Raises:
           Fault: they have 16 and `white` is not known.
         """
-        return images.eight_bits(
+        return decoding.eight_bits(
             pixels,
             self.white,
             where,
             "set --config.data.white=VALUE (65535 where all bits are used, 4095 for 12 of them)",
         )
 
-    def mask(self, data: bytes, where: object) -> images.Mask:
+    def mask(self, data: bytes, where: object) -> decoding.Mask:
         """An encoded mask, turned as images are.
 
         Raises:
-          Fault: it is none (see `images.decode_mask`), or has an orientation and `exif` is
+          Fault: it is none (see `decoding.decode_mask`), or has an orientation and `exif` is
             undecided; `where` names it.
         """
-        mask = images.decode_mask(data, where)
+        mask = decoding.decode_mask(data, where)
 
         def upright(array: np.ndarray) -> np.ndarray:
             return self.upright(array, mask.orientation, f"mask {where}")
@@ -109,10 +109,10 @@ class Reading:
                 "and which of the two masks belong to is not known",
                 "set --config.data.exif=apply (as shown) or --config.data.exif=ignore (as stored)",
             )
-        return images.turned(array, orientation)
+        return decoding.turned(array, orientation)
 
 
-def colours_used(mask: images.Mask) -> dict[int, bytes]:
+def colours_used(mask: decoding.Mask) -> dict[int, bytes]:
     """Red, green and blue of each value of a mask that its palette has; none of a grey mask."""
     if not mask.palette:
         return {}

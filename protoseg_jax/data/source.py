@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, UInt8
 
-from protoseg_jax import images
+from protoseg_jax import decoding
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.errors import UserError, reason
 
@@ -57,7 +57,7 @@ class Source:
             raise IndexError(f"example {index} of {self._length}")
         try:
             record = self._records[index]
-            pixels = {n: images.decode(record[n], grey=_GREY[n]) for n in _GREY if n in record}
+            pixels = {n: decoding.decode(record[n], grey=_GREY[n]) for n in _GREY if n in record}
             return {"image_id": record["image_id"].decode(), **pixels}
         except (ValueError, RuntimeError, IndexError, cv2.error) as error:
             raise UserError(

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from protoseg_jax import images
+from protoseg_jax import decoding
 from protoseg_jax.data import tiles
 from protoseg_jax.data.labels import LabelSet
 from protoseg_jax.data.reading import Reading
@@ -181,7 +181,7 @@ class Model(Finished):
     def classes(self) -> LabelSet:
         return self.experiment.labels
 
-    def segment(self, image: images.ImageLike) -> Segmentation:
+    def segment(self, image: decoding.ImageLike) -> Segmentation:
         """Labels and probabilities of an image of any size.
 
         Args:
@@ -194,7 +194,7 @@ class Model(Finished):
         image = self._read(image)
         return _segmentation(image.shape[:2], len(self.classes), self._parts(infer, image))
 
-    def explain(self, image: images.ImageLike) -> Explanation:
+    def explain(self, image: decoding.ImageLike) -> Explanation:
         """Why each pixel of an image of any size gets its label.
 
         Args:
@@ -234,7 +234,7 @@ class Model(Finished):
             for example in found
         ]
 
-    def _read(self, image: images.ImageLike) -> UInt8[np.ndarray, "H W 3"]:
+    def _read(self, image: decoding.ImageLike) -> UInt8[np.ndarray, "H W 3"]:
         return Reading.of(self.experiment.config).picture(image)
 
     def _parts(self, look: Callable, image: UInt8[np.ndarray, "H W 3"]) -> Iterator[Part]:

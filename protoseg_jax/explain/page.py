@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from protoseg_jax import images, models
+from protoseg_jax import decoding, images, models
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import part_agreement, reach
@@ -335,7 +335,7 @@ def _prototypes(
             _write(folder / record["patch"], images.encode(patch))
         if source is not None:
             if source not in written:
-                image = images.shrink(images.decode(source.read_bytes()), _SOURCE_SIDE)
+                image = images.shrink(decoding.decode(source.read_bytes()), _SOURCE_SIDE)
                 written[source] = f"sources/{len(written):03d}.jpg"
                 _write(folder / written[source], images.encode(image, ".jpg", 74))
             record["source"] = written[source]

@@ -37,7 +37,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from protoseg_jax import images, models
+from protoseg_jax import decoding, images, models
 from protoseg_jax.data import tiles
 from protoseg_jax.data.pairs import files_below
 from protoseg_jax.data.reading import Reading
@@ -85,7 +85,7 @@ def find(given: Sequence[str], out: Path) -> dict[str, Path]:
         if not here:
             raise UserError(
                 f"no image at {text!r}; name files, folders or patterns of "
-                f"{', '.join(images.SUFFIXES)}"
+                f"{', '.join(decoding.SUFFIXES)}"
             )
         for name, file in here:
             other = found.setdefault(name, file)
@@ -117,14 +117,14 @@ def _named(text: str) -> Iterator[tuple[str, Path]]:
         below = file.relative_to(base)
         hidden = any(part.startswith(".") for part in below.parts)
         there = file.is_file() or file.is_symlink()  # a broken link fails, and is told
-        if file.suffix.lower() in images.SUFFIXES and not hidden and there:
+        if file.suffix.lower() in decoding.SUFFIXES and not hidden and there:
             yield str(below.with_suffix("")), file
 
 
 def _any_case(pattern: str) -> str:
     """A pattern whose suffix may be of any case, as those of files are."""
     stem, suffix = os.path.splitext(pattern)
-    if suffix.lower() not in images.SUFFIXES:
+    if suffix.lower() not in decoding.SUFFIXES:
         return pattern
     return stem + "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in suffix)
 

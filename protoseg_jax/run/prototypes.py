@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from protoseg_jax import images
+from protoseg_jax import decoding, images
 from protoseg_jax.data import tiles
 from protoseg_jax.files import read_json, write_json
 
@@ -57,7 +57,7 @@ class Prototype:
     def patch(self) -> UInt8[np.ndarray, "h w 3"] | None:
         """The patch with its surroundings, where its file is there."""
         path = self.folder and self.projected and self.folder / FOLDER / f"{self.index:03d}.png"
-        return images.read(path) if path and path.exists() else None
+        return decoding.read(path) if path and path.exists() else None
 
     @property
     def patch_box(self) -> list[int] | None:

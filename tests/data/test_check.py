@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import checking
 from protoseg_jax import config as configs
-from protoseg_jax import images
+from protoseg_jax import decoding
 from protoseg_jax.data import check
 from protoseg_jax.data.findings import Findings, Kind
 from protoseg_jax.data.labels import VOID, generic
@@ -149,7 +149,7 @@ def test_the_command(clean, tmp_path):
     code, out, errors = run(str(clean), f"--sheet={tmp_path / 'sheet.png'}")
     assert code == 0, errors
     assert out.splitlines()[-1] == "nothing wrong was found" and errors == ""
-    sheet = images.read(tmp_path / "sheet.png")
+    sheet = decoding.read(tmp_path / "sheet.png")
     assert min(sheet.shape[:2]) > 256
     own = tmp_path / "own"
     checking.make(own, 10, side=32)

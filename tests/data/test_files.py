@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from protoseg_jax import images
+from protoseg_jax import decoding
 from protoseg_jax.data import pairs, prepare
 from protoseg_jax.data.reading import Reading
 from protoseg_jax.errors import UserError
@@ -135,9 +135,9 @@ def test_modes_of_images(tmp_path, mode, kind):
     (tmp_path / "a.any").write_bytes(buffer.getvalue())
     stored, pixels = Reading().image(buffer.getvalue(), "a")
     np.testing.assert_array_equal(pixels, shown)
-    np.testing.assert_array_equal(images.decode(stored), shown)
-    np.testing.assert_array_equal(images.read(tmp_path / "a.any"), shown)
-    np.testing.assert_array_equal(images.read(image), shown)
+    np.testing.assert_array_equal(decoding.decode(stored), shown)
+    np.testing.assert_array_equal(decoding.read(tmp_path / "a.any"), shown)
+    np.testing.assert_array_equal(decoding.read(image), shown)
 
 
 def test_a_cmyk_jpeg_is_as_pillow_shows_it(tmp_path):
@@ -145,7 +145,7 @@ def test_a_cmyk_jpeg_is_as_pillow_shows_it(tmp_path):
     Image.fromarray(smooth).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
         expected = np.array(image.convert("RGB"))
-    np.testing.assert_array_equal(images.read(tmp_path / "a.jpg"), expected)
+    np.testing.assert_array_equal(decoding.read(tmp_path / "a.jpg"), expected)
     assert np.abs(expected.astype(int) - smooth).max() <= 4
 
 
@@ -395,8 +395,8 @@ def test_a_tiff_beyond_4_gib_is_read_as_any(tmp_path):
     for name, array in (("a.tif", PICTURES[0]), ("m.tif", mask)):
         Image.fromarray(array).save(tmp_path / name, big_tiff=True)
         assert (tmp_path / name).read_bytes()[:4] == b"II+\0"
-    np.testing.assert_array_equal(images.read(tmp_path / "a.tif"), PICTURES[0])
-    decoded = images.decode_mask((tmp_path / "m.tif").read_bytes(), "m")
+    np.testing.assert_array_equal(decoding.read(tmp_path / "a.tif"), PICTURES[0])
+    decoded = decoding.decode_mask((tmp_path / "m.tif").read_bytes(), "m")
     np.testing.assert_array_equal(decoded.values, mask)
 
 
@@ -418,10 +418,10 @@ def test_12_packed_bits_are_refused_not_read_as_other_numbers(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (5, 7))
     (tmp_path / "a.tif").write_bytes(packed_tiff(values, 8))
     grey = np.repeat(values[..., None].astype(np.uint8), 3, 2)
-    np.testing.assert_array_equal(images.read(tmp_path / "a.tif"), grey)
+    np.testing.assert_array_equal(decoding.read(tmp_path / "a.tif"), grey)
     packed = packed_tiff(16 * values, 12)
     (tmp_path / "a.tif").write_bytes(packed)
     with pytest.raises(UserError, match="a.tif is neither grey nor RGB with 8 or 16 bits"):
-        images.read(tmp_path / "a.tif", 4095)
+        decoding.read(tmp_path / "a.tif", 4095)
     with pytest.raises(UserError, match="a.tif is neither grey nor RGB with 8 or 16 bits"):
         Reading(white=4095).image(packed, "a.tif")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from protoseg_jax import images
+from protoseg_jax import decoding
 from protoseg_jax.data import masks
 from protoseg_jax.data.labels import VOID
 from protoseg_jax.data.reading import Reading
@@ -213,10 +213,10 @@ def test_a_mask_with_lossy_compression_is_refused_whatever_it_is_called(suffix):
     name, options = kind[suffix]
     image.save(buffer, name, **options)
     with pytest.raises(Fault, match="mask m.png is a .* with lossy compression"):
-        images.decode_mask(buffer.getvalue(), "m.png")
+        decoding.decode_mask(buffer.getvalue(), "m.png")
     with_icc = io.BytesIO()
     image.save(with_icc, "WEBP", lossless=True, icc_profile=bytes(200))
-    assert images.decode_mask(with_icc.getvalue(), "m").values.shape == (16, 16, 3)
+    assert decoding.decode_mask(with_icc.getvalue(), "m").values.shape == (16, 16, 3)
 
 
 def test_other_masks_that_are_none():
@@ -229,7 +229,7 @@ def test_other_masks_that_are_none():
         (encoded(numbers, ".tif"), "values from 70000 to 70000"),
     ):
         with pytest.raises(Fault, match=words):
-            images.decode_mask(file, "m")
+            decoding.decode_mask(file, "m")
 
 
 def test_sixteen_bits_and_alpha(tmp_path):

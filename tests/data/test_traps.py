@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import data_traps
-from protoseg_jax import images
+from protoseg_jax import decoding, images
 from protoseg_jax.data import masks, prepare
 from protoseg_jax.data import pairs as pairs_lib
 from protoseg_jax.data.findings import Findings, Leaks, Palettes
@@ -108,10 +108,10 @@ def test_orientation_bits_and_palette_change_nothing(tmp_path_factory, pair):
     np.testing.assert_array_equal(example.label, values)
     np.testing.assert_array_equal(example.pixels, plain)
     # What is stored says the same to any decoder, with and without a mind for orientation.
-    np.testing.assert_array_equal(images.decode(example.image), plain)
+    np.testing.assert_array_equal(decoding.decode(example.image), plain)
     shown = cv2.imdecode(np.frombuffer(example.image, np.uint8), cv2.IMREAD_COLOR_RGB)
     np.testing.assert_array_equal(shown, plain)
-    about = images.header(example.image)
+    about = decoding.header(example.image)
     assert (about.orientation, about.frames, about.transparent) == (1, 1, False)
 
 
@@ -121,7 +121,7 @@ def test_what_is_plain_keeps_its_bytes():
         for reading in (Reading(), Reading("apply", 4095), Reading("ignore")):
             stored, decoded = reading.image(file, "a")
             assert stored == file
-            np.testing.assert_array_equal(decoded, images.decode(file))
+            np.testing.assert_array_equal(decoded, decoding.decode(file))
 
 
 BROKEN = {
@@ -149,9 +149,9 @@ def test_a_broken_orientation_is_none(broken, suffix, tmp_path):
     file = buffer.getvalue()
     stored, decoded = Reading().image(file, "a")
     assert stored == file
-    np.testing.assert_array_equal(decoded, images.decode(plain.getvalue()))
+    np.testing.assert_array_equal(decoded, decoding.decode(plain.getvalue()))
     (tmp_path / f"a{suffix}").write_bytes(file)
-    np.testing.assert_array_equal(images.read(tmp_path / f"a{suffix}"), decoded)
+    np.testing.assert_array_equal(decoding.read(tmp_path / f"a{suffix}"), decoded)
 
 
 def spoil_turned(root):
@@ -436,7 +436,7 @@ def test_every_data_set_of_files_asks_for_exif(tmp_path, name, make, file):
     data_traps.tag(root / file, 3)
     with pytest.raises(UserError, match="has EXIF orientation 3.*exif=apply.*exif=ignore"):
         load(name, root, tmp_path)
-    stored = images.decode((root / file).read_bytes())
+    stored = decoding.decode((root / file).read_bytes())
     for how, expected in (("apply", stored[::-1, ::-1]), ("ignore", stored)):
         data = load(name, root, tmp_path, **{"data.exif": how})
         found = [e["image"] for split in data.splits for e in everything(data.source(split))]
@@ -490,21 +490,21 @@ def test_a_picture_of_16_bits_takes_the_run_s_white(tmp_path):
         (tmp_path / "grey.png", grey),
         (Image.open(tmp_path / "grey.png"), grey),
     ):
-        np.testing.assert_array_equal(images.read(image, 4095), expected)
+        np.testing.assert_array_equal(decoding.read(image, 4095), expected)
         with pytest.raises(UserError, match="16 bits .* largest value is .* no data.white"):
-            images.read(image)
-    np.testing.assert_array_equal(images.read(pixels, 4095), pixels)
+            decoding.read(image)
+    np.testing.assert_array_equal(decoding.read(pixels, 4095), pixels)
     with pytest.raises(
         UserError, match="16 bits a channel, of which Pillow keeps 8; give its path"
     ):
-        images.read(Image.open(tmp_path / "rgb.png"), 4095)
+        decoding.read(Image.open(tmp_path / "rgb.png"), 4095)
 
 
 @given(st.integers(1, 65535), st.lists(st.integers(0, 65535), min_size=1, max_size=9))
 @settings(max_examples=60, deadline=None)
 def test_white_is_255(white, values):
     array = np.array([values, [white] * len(values)], np.uint16)
-    found = images.eight_bits(array, white, "a", "")
+    found = decoding.eight_bits(array, white, "a", "")
     exact = np.minimum(array.astype(np.float64), white) * 255 / white
     assert (np.abs(found - exact) <= 0.5).all() and (found[1] == 255).all()
 
@@ -543,12 +543,12 @@ def test_palettes_that_differ_are_told_once(tmp_path, capsys):
 def test_only_colours_in_use_are_compared():
     values = np.array([[0, 1, 200]], np.uint8)
     short, other = bytes(range(6)), bytes(range(3)) + bytes(99)
-    used = [colours_used(images.Mask(values, colours)) for colours in (b"", short, other)]
+    used = [colours_used(decoding.Mask(values, colours)) for colours in (b"", short, other)]
     assert used[0] == {}
     assert used[1] == {0: short[:3], 1: short[3:]}  # none of 200: cut short
     palettes = Palettes()
     assert not palettes.add("a", used[1])
-    assert not palettes.add("b", colours_used(images.Mask(np.zeros((1, 1), np.uint8), other)))
+    assert not palettes.add("b", colours_used(decoding.Mask(np.zeros((1, 1), np.uint8), other)))
     (fault,) = palettes.add("c", used[2])
     assert fault.fact == "value 1 has the colour (3, 4, 5) in mask a and (0, 0, 0) in c"
     assert not palettes.add("d", used[1])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoseg_jax import images
+from protoseg_jax import decoding
 from protoseg_jax.errors import UserError
 from protoseg_jax.evaluation import predictions, segmentation
 from protoseg_jax.evaluation.segmentation import strips
@@ -188,14 +188,14 @@ def test_images_that_are_none(tmp_path):
     pages = [Image.fromarray(np.zeros((5, 5), np.uint8))] * 3
     pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(UserError, match="stack.tif is a stack of 3 pages; save the one that is"):
-        images.read(tmp_path / "stack.tif")
+        decoding.read(tmp_path / "stack.tif")
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 255, (50, 50, 4), np.uint8)
     Image.fromarray(noise).save(tmp_path / "broken.png")
     data = (tmp_path / "broken.png").read_bytes()
     (tmp_path / "broken.png").write_bytes(data[:60] + bytes(len(data) - 60))
     with pytest.raises(UserError, match="broken.png"):
-        images.read(tmp_path / "broken.png")
+        decoding.read(tmp_path / "broken.png")
 
 
 @pytest.mark.slow

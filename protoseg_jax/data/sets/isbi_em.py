@@ -26,7 +26,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 
-from protoseg_jax import images
+from protoseg_jax import decoding, images
 from protoseg_jax.data import masks, pairs, prepare
 from protoseg_jax.data.labels import VOID, LabelSet
 from protoseg_jax.data.reading import Reading
@@ -56,7 +56,7 @@ def open(config: ml_collections.ConfigDict) -> prepare.DataSet:
     drawn = {split: [name for name, *_ in of] for split, of in splits.items()}
     test = root / "test-volume.tif"
     if test.is_file():
-        count = images.count_pages(test)
+        count = decoding.count_pages(test)
         splits["test"] = [(f"test{n:02d}", (test, n), None) for n in range(count)]
         used.append(test)
     source, reading = [*map(prepare.file_stamp, used), drawn], Reading.of(config)
@@ -111,7 +111,7 @@ def _stacks(root: Path) -> tuple[list[Section], list[Path]]:
     volume, labels = root / "train-volume.tif", root / "train-labels.tif"
     if not labels.is_file():
         raise UserError(f"isbi_em: {labels} is missing beside {volume.name}; add it")
-    counts = images.count_pages(volume), images.count_pages(labels)
+    counts = decoding.count_pages(volume), decoding.count_pages(labels)
     if counts[0] != counts[1]:
         raise UserError(
             f"isbi_em: {volume} holds {counts[0]} sections but {labels.name} {counts[1]}; "
@@ -151,7 +151,7 @@ def _grey(page: Page, reading: Reading, *, binary: bool = False) -> np.ndarray:
         257) nor of an image where `data.white` is set; or its orientation wants a setting.
     """
     where = _where(page)
-    mode, values, orientation = images.read_page(*page, where)
+    mode, values, orientation = decoding.read_page(*page, where)
     values = reading.upright(values, orientation, where)
     if binary and mode == "1":
         return values
@@ -184,4 +184,4 @@ def _inside(page: Page, reading: Reading) -> UInt8[np.ndarray, "h w"]:
         raise UserError(
             f"labels {_where(page)} hold 1 and {values.max()}, and inside is 255 or 1; correct them"
         )
-    return TABLE.labels(images.Mask(values), _where(page))[0]
+    return TABLE.labels(decoding.Mask(values), _where(page))[0]
