@@ -13,7 +13,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
 from protoseg_jax import images, models
@@ -112,7 +111,7 @@ def _class_picture(kind: str, class_name: str, panels: Sequence[_Panels], top: f
       class_name: shown in the title.
       panels: of the class's prototypes.
       top: activations are drawn on one scale, 0 … top: log(1/ε), that of a patch and itself;
-        colours go by its square root, as most similarities are small beside that.
+        colour and opacity go by its square root, as most similarities are small beside that.
     """
     columns = min(len(panels), _COLUMNS)
     bands = -(-len(panels) // columns)
@@ -138,8 +137,8 @@ def _class_picture(kind: str, class_name: str, panels: Sequence[_Panels], top: f
         heat.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap="gray")
         size = (image.shape[1], image.shape[0])
         activation = cv2.resize(of.activation.astype(np.float32), size)  # bilinear
-        norm = PowerNorm(0.5, vmin=0.0, vmax=top)
-        heat.imshow(activation, cmap="viridis", alpha=0.65, norm=norm)
+        strength = np.sqrt((activation / top).clip(0, 1))
+        heat.imshow(strength, cmap="inferno", alpha=0.9 * strength, vmin=0.0, vmax=1.0)
         heat.add_patch(outline(of.box))
     figure.suptitle(f"{class_name}: patch · source image · activation", fontsize=10)
     buffer = io.BytesIO()
