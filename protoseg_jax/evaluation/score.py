@@ -128,6 +128,8 @@ def score_run(
     if kept:
         result["interpretability"] = kept
     write_json(stored, result)
+    mirrored = ", each averaged over mirror images" if flips else ""
+    print(f"{split}: {data.splits[split]} images after {run.phase}{mirrored}\n")
     print(report.class_table(result, names))
     if kept and not interpretability:
         print("measured earlier, of the same checkpoint:")

@@ -311,7 +311,8 @@ def test_explanations_are_measured_where_there_are_any(finished, capsys, tmp_pat
     count = len(finished.workdir.checkpoints.restore("finetune_pruned").prototypes)
     assert len(found["wins"]) == count and len(found["survival"]) == count + 1
     assert found["consistency"] is None and "novelty_auroc" not in found
-    assert "utilisation" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "utilisation" in told and "images after finetune_pruned\n" in told
     stored = finished.workdir.path / "eval" / "validation-finetune_pruned.json"
     assert json.loads(stored.read_text())["interpretability"] == found
     # Scoring it again without measuring keeps them.
