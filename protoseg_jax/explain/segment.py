@@ -250,7 +250,8 @@ class Segmenter:
                 open(self._out / _DONE, "a") as done,
                 Progress("segmenting", len(found), len(found) - len(left), "image") as progress,
             ):
-                for image in self._seen(self._read_ahead(left, readers, failed, progress)):
+                reading = self._read_ahead(left, readers, failed, progress)
+                for image in self._seen(reading, self._batch_size(len(left))):
                     pending.append((image, writers.submit(self._write, image)))
                     while len(pending) > 2 * _THREADS:
                         settle()
@@ -319,11 +320,18 @@ class Segmenter:
         ]
         return _Image(name, path, pixels.shape[:2], about, cuts)
 
-    def _seen(self, reading: Iterator[_Image]) -> Iterator[_Image]:
+    def _batch_size(self, count: int) -> int:
+        """Of the batches for so many images: an evaluation's, or no more than there is to see."""
+        experiment = self._model.experiment
+        if experiment.config.eval_overlap is not None:  # an image is many cuts
+            return experiment.eval_batch_size
+        devices = experiment.pool.count
+        return min(experiment.eval_batch_size, -(-count // devices) * devices)
+
+    def _seen(self, reading: Iterator[_Image], batch_size: int) -> Iterator[_Image]:
         """The images once the network has said all of them, in order."""
         begun: collections.deque[_Image] = collections.deque()
         queue: collections.deque[list[_Cut]] = collections.deque()
-        size = self._model.experiment.eval_batch_size
 
         def cuts() -> Iterator[_Cut]:
             for image in reading:
@@ -332,9 +340,9 @@ class Segmenter:
 
         def batches() -> Iterator[dict[str, np.ndarray]]:
             flat = cuts()
-            while rows := list(itertools.islice(flat, size)):
+            while rows := list(itertools.islice(flat, batch_size)):
                 queue.append(rows)
-                pixels = np.zeros((size, *rows[0].pixels.shape), np.uint8)
+                pixels = np.zeros((batch_size, *rows[0].pixels.shape), np.uint8)
                 for n, cut in enumerate(rows):
                     pixels[n], cut.pixels = cut.pixels, None
                 yield {"image": pixels}

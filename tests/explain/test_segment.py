@@ -225,6 +225,29 @@ def test_a_run_that_works_in_tiles(small_run, folder, tmp_path, monkeypatch):
         Segmenter(tiled, tmp_path / "out").run({"small": tmp_path / "small.png"})
 
 
+def test_one_image_is_no_whole_batch(small_run, folder, tmp_path, monkeypatch):
+    """And its classes are those that it has among others."""
+    seen, plain = [], segment._step
+
+    def spied(*arguments):
+        step = plain(*arguments)
+
+        def look(variables, batch):
+            seen.append(batch["image"].shape)
+            return step(variables, batch)
+
+        return look
+
+    monkeypatch.setattr(segment, "_step", spied)
+    for name, count in (("one", 1), ("all", 3)):
+        images = {f"im{n}": folder / f"im{n}.png" for n in range(count)}
+        Segmenter(small_run, tmp_path / name).run(images)
+    assert small_run.experiment.eval_batch_size == 3
+    assert seen == [(1, 49, 57, 3), (3, 49, 57, 3)]
+    one, among = (labels_of(tmp_path / name / "im0.png") for name in ("one", "all"))
+    np.testing.assert_array_equal(one, among)
+
+
 def test_strips_are_the_whole(monkeypatch):
     """Rows at a time, whatever does not divide."""
     monkeypatch.setattr(segmentation, "_ROWS", 64)
