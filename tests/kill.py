@@ -2,10 +2,10 @@
 
     python -m tests.kill [--runs=50] [--signal=KILL] [--seed=0] [--out=FILE.md]
 
-Each run is `train.py` with a U-Net on a small folder data set through every phase, killed up to
-three times, each time at a random moment of what an undisturbed run takes, then left to finish. Its
-parameters after every phase, prototypes and scores must equal the undisturbed run's bit for bit, or
-the program fails.
+Each run is `train.py` on a small folder data set through every phase, killed up to three times,
+each time at a random moment of what an undisturbed run takes, then left to finish. Its parameters
+after every phase, prototypes and scores must equal the undisturbed run's bit for bit, or the
+program fails.
 """
 
 import argparse
@@ -31,14 +31,13 @@ MAX_KILLS = 3
 PHASES = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
 SETTINGS = {
     "batch_size": 2,
-    "crop_size": "(32,32)",
-    "eval_size": "(48,56)",
+    "crop_size": "(33,33)",
+    "eval_size": "(49,57)",
     "eval_batch_size": 2,
     "log_every": 1,
     "eval_every": 4,
     "checkpoint_every": 2,
-    "data.name": "folder",
-    "model.depth": 2,
+    "model.depth": 14,
     "model.width": 8,
     "model.features": 8,
     "model.prototypes_per_class": 3,
@@ -55,7 +54,7 @@ def command(data: pathlib.Path, cache: pathlib.Path, workdir: pathlib.Path) -> l
     return [
         sys.executable,
         str(ROOT / "train.py"),
-        f"--config={ROOT / 'configs' / 'isbi_em.py'}:cpu",
+        f"--config={ROOT / 'configs' / 'folder.py'}:scratch",
         f"--workdir={workdir}",
         *(f"--config.{key}={value}" for key, value in settings.items()),
     ]
