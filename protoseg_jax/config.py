@@ -94,6 +94,7 @@ def default() -> ConfigDict:
     c.loss.terms = ("cross_entropy", "diversity", "l1", "assignment")
     c.loss.diversity = 0.25  # λ_J of eq. 7
     c.loss.assignment = 0.0  # λ_A of the assignment loss, which the paper has not
+    c.loss.assignment_even = 1.0  # η in (0, 1]: how equal prototypes' shares of their class are
     c.loss.assignment_tau = 0.1  # τ: of the distances that are trained
     c.loss.assignment_epsilon = 0.05  # ε: of the assignment
     c.loss.assignment_anchors = 0.05  # ε_t: of that by anchors, with model.anchors

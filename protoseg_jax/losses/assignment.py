@@ -9,7 +9,8 @@ transport, and each point's distances are trained to say which one it got:
 k over the prototypes of the point's class, d = ‖z − p‖². The assignment a, of which there is no
 gradient, is what Sinkhorn's iteration makes of exp(−d / ε): each prototype's share of its class's
 points in the *global* batch is made equal, then each point's shares are made to sum to 1, three
-times.
+times. With η below 1 the shares become η/K + (1 − η) n_k instead of 1/K, n_k the share that a
+prototype has before the first time: a part of few points may have a prototype to itself.
 
 With `model.anchors` the points are divided by the backbone's own map instead, which knows more of
 parts than cross-entropy leaves in z. Each prototype has an *anchor* in it, a vector that only
@@ -28,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from protoseg_jax.devices import pmax, psum
+from protoseg_jax.errors import UserError
 from protoseg_jax.losses import Term, Weights
 from protoseg_jax.losses.own_class import class_members, of_own_class
 from protoseg_jax.models.protoseg import Output
@@ -39,8 +41,16 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 def make(config: ConfigDict, classes: np.ndarray, num_classes: int, weights: Weights) -> Term:
     """λ_A (`config.assignment`) times L_A over the points of classes with two or more prototypes;
-    nothing for the black box. With accumulation the points of a micro-batch are divided."""
+    nothing for the black box. With accumulation the points of a micro-batch are divided.
 
+    Raises:
+      UserError: η (`config.assignment_even`) is not in (0, 1].
+    """
+
+    if not 0 < config.assignment_even <= 1:
+        raise UserError(
+            f"loss.assignment_even={config.assignment_even} must be above 0 and at most 1"
+        )
     several = np.bincount(classes, minlength=num_classes) >= 2
 
     def total(output: Output, labels: Int[Array, "b h w"]) -> Float[Array, ""]:
@@ -49,7 +59,8 @@ def make(config: ConfigDict, classes: np.ndarray, num_classes: int, weights: Wei
         if anchors:
             by, *_ = of_own_class(output.apart, labels, classes, num_classes)
             epsilon = config.assignment_anchors
-        target = assign(jax.lax.stop_gradient(by), members, real, epsilon)
+        even = config.assignment_even
+        target = assign(jax.lax.stop_gradient(by), members, real, epsilon, even)
         target = jnp.where((members & several).any(-1, keepdims=True), target, 0.0)
         means = (target * by).sum() if anchors else 0.0  # k-means', for the anchors
         logits = jnp.where(_held(members, real), -own / config.assignment_tau, _NEVER)
@@ -75,6 +86,7 @@ def assign(
     members: Bool[Array, "b n c"],
     real: Bool[np.ndarray, "c k"],
     epsilon: float,
+    even: float = 1.0,
 ) -> Float[Array, "b n k"]:
     """a: the share that each prototype of its class has in a point; rows sum to 1, void ones are 0.
 
@@ -85,6 +97,7 @@ def assign(
       members: the class of each point.
       real: the slots of each class that hold a prototype.
       epsilon: ε; the smaller, the harder the assignment.
+      even: η in (0, 1]: how equal the prototypes' shares are.
     """
     weights, held = members.astype(jnp.float32), _held(members, real)
 
@@ -106,7 +119,12 @@ def assign(
         log_total = peak + jnp.log(jnp.where(total > 0, total, 1.0))
         return jnp.where(held, log_a - at_points(log_total), -jnp.inf)
 
-    log_a = by_point(log_a)
+    log_a, log_share = by_point(log_a), 0.0
+    if even < 1:
+        won = psum(jnp.einsum("bnc,bnk->ck", weights, jnp.exp(log_a), precision=_PRECISION))
+        natural = won / jnp.maximum(won.sum(1, keepdims=True), 1.0)
+        share = even / real.sum(1, keepdims=True).clip(1) + (1 - even) * natural
+        log_share = at_points(jnp.log(jnp.where(real, share, 1.0)))
     for _ in range(STEPS):
-        log_a = by_point(by_prototype(log_a))
+        log_a = by_point(by_prototype(log_a) + log_share)
     return jnp.exp(log_a)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from protoseg_jax import config, losses
 from protoseg_jax.devices import DevicePool
+from protoseg_jax.errors import UserError
 from protoseg_jax.losses import assignment
 from protoseg_jax.models.protoseg import Output
 
@@ -27,7 +28,7 @@ def make_term(owners=OWNERS, **changes):
     return losses.terms(settings_, np.asarray(owners), CLASSES)[1]
 
 
-def slow_assignment(distances, labels, owners, epsilon, steps=3):
+def slow_assignment(distances, labels, owners, epsilon, steps=3, even=1.0):
     """The assignment at each point by prototype, one number after another."""
     points = [p for p in np.ndindex(labels.shape) if labels[p] != VOID]
     a = {}
@@ -36,22 +37,27 @@ def slow_assignment(distances, labels, owners, epsilon, steps=3):
         least = min((distances[p][j] for j in own), default=0)
         e = [math.exp(-(distances[p][j] - least) / epsilon) for j in own]
         a[p] = {j: x / sum(e) for j, x in zip(own, e, strict=True)}
+    share = {}
+    for j, c in enumerate(owners):
+        held = [p for p in points if j in a[p]]
+        natural = sum(a[p][j] for p in held) / max(len(held), 1)
+        share[j] = even / list(owners).count(c) + (1 - even) * natural
     for _ in range(steps):
         for j in range(len(owners)):
             held = [p for p in points if j in a[p]]
             total = sum(a[p][j] for p in held)
             for p in held:
-                a[p][j] /= total
+                a[p][j] *= share[j] / total
         for p in points:
             total = sum(a[p].values())
             a[p] = {j: x / total for j, x in a[p].items()}
     return a
 
 
-def slow(distances, labels, owners, epsilon, tau, apart=None, epsilon_t=0.05):
+def slow(distances, labels, owners, epsilon, tau, apart=None, epsilon_t=0.05, even=1.0):
     """(loss at each point, assignment at each point by prototype)."""
     by = (distances, epsilon) if apart is None else (apart, epsilon_t)
-    a = slow_assignment(by[0], labels, owners, by[1])
+    a = slow_assignment(by[0], labels, owners, by[1], even=even)
     points = list(a)
     loss = np.zeros(labels.shape)
     for p in points:
@@ -104,6 +110,25 @@ def test_the_loss_is_its_literal_sum(seed):
     literal, _ = slow(distances.astype(np.float64), labels, OWNERS, 0.05, 0.1)
     assert value == pytest.approx(literal.sum(), rel=1e-4)
     assert count == np.isin(labels, (0, 1, 2)).sum()  # void and the class without prototypes: not
+
+
+@pytest.mark.parametrize("even", [0.25, 0.75])
+def test_shares_that_are_not_equal(even):
+    """The literal sum again, also over two devices; more points than prototypes keep their own."""
+    distances, labels = make(3)
+    term = make_term(assignment_even=even)
+    literal, _ = slow(distances.astype(np.float64), labels, OWNERS, 0.05, 0.1, even=even)
+    for devices in (1, 2):
+        value, *_ = mapped(devices, term)(distances, labels)
+        assert value == pytest.approx(literal.sum(), rel=1e-4)
+    plain, _ = slow(distances.astype(np.float64), labels, OWNERS, 0.05, 0.1)
+    assert abs(literal.sum() - plain.sum()) > 1e-2
+
+
+@pytest.mark.parametrize("even", [0.0, -1.0, 1.5])
+def test_shares_that_cannot_be_are_refused(even):
+    with pytest.raises(UserError, match="loss.assignment_even=.* must be above 0 and at most 1"):
+        make_term(assignment_even=even)
 
 
 def test_the_gradient_takes_the_assignment_as_it_is():
