@@ -106,7 +106,7 @@ def default() -> ConfigDict:
     new = {"aspp": 2.5e-4, "prototypes": 2.5e-4}
     finetune = {"steps": 2_000, "learning_rates": {"head": 1e-5}, "schedule": "constant"}
     c.phases = ConfigDict()
-    turn = {"steps": 400, "learning_rates": {"prototypes": 1e-2}}
+    turn = {"steps": 1000, "learning_rates": {"prototypes": 1e-2}}
     c.phases.directions = {**turn, "schedule": "poly"}  # of head "directions", its only phase
     # The paper's number; of the released code's 3,000 some 2,000 count.
     c.phases.warmup = {"steps": 30_000, "learning_rates": new, "schedule": "constant"}

@@ -3,13 +3,14 @@
 The network stays as it is; what is sought is the orthogonal U of `models/directions.py` by which
 its decisions are *pure*. For a point n of predicted class c let q(d | n) be direction d's share of
 Σ_d |(zU)_d (UᵀW)_dc|, and let every predicted class have the same probability, its points evenly.
-U minimises
+U maximises the mutual information of direction and point,
 
-    H(d | n) + H(n | d) − H(n) = 2 H(d | n) − H(d),
+    I(d; n) = H(d) − H(d | n) = H(n) − H(n | d),
 
-so that each point's decision is made of few directions, and each direction decides few points.
-A direction's class is the one to whose predicted points it adds most, on average; its patch is the
-point of a training image where it adds most to that class.
+so that each point's decision is made of few directions, and each direction decides few points, but
+all directions together decide evenly: with more weight on H(d | n), one direction a class decides
+everything. A direction's class is the one to whose predicted points it adds most, on average; its
+patch is the point of a training image where it adds most to that class.
 """
 
 import dataclasses
@@ -109,20 +110,20 @@ def entries(
     return vectors, np.concatenate([k / scale[:, None], bias[None]]), classes
 
 
-def impurity(
+def information(
     u: Float[Array, "d d"],
     z: Float[Array, "n d"],
     weights: Float[Array, "d c"],
     predicted: Int[Array, " n"],
     probability: Float[Array, " n"],
 ) -> Float[Array, ""]:
-    """2 H(d | n) − H(d) in nats, see above; `probability` of each point, summing to 1."""
+    """I(d; n) in nats, see above; `probability` of each point, summing to 1."""
     exact = jax.lax.Precision.HIGHEST
     s, k = jnp.matmul(z, u, precision=exact), jnp.matmul(u.T, weights, precision=exact)
     shares = jnp.abs(s * k.T[predicted]) + _TINY
     shares /= shares.sum(1, keepdims=True)
     of_points = (jax.scipy.special.entr(shares).sum(1) * probability).sum()
-    return 2 * of_points - jax.scipy.special.entr(probability @ shares).sum()
+    return jax.scipy.special.entr(probability @ shares).sum() - of_points
 
 
 def _sample(live: Live, start: Checkpoint) -> Float[np.ndarray, "n d"]:
@@ -164,7 +165,7 @@ def _train(
     bias: Float[np.ndarray, " c"],
     start: Float[np.ndarray, "d d"],
 ) -> Float[np.ndarray, "d d"]:
-    """The U of least `impurity`: `start` turned by the exponential of a skew matrix, by Adam.
+    """The U of most `information`: `start` turned by the exponential of a skew matrix, by Adam.
 
     A batch has as many points of each predicted class, as far as there are such points.
     """
@@ -181,7 +182,7 @@ def _train(
         return jnp.matmul(jnp.asarray(start, jnp.float32), turn, precision="highest")
 
     def loss(skew, z, c):
-        return impurity(turned(skew), z, wide, c, probability)
+        return -information(turned(skew), z, wide, c, probability)
 
     @jax.jit
     def steps(state: Any, z: Float[Array, "t n d"], c: Int[Array, "t n"]) -> tuple[Any, Array]:
@@ -207,7 +208,7 @@ def _train(
             progress.update(count)
             if stop := live.asked_to_stop():
                 raise Interrupted(stop)
-    say(f"directions: impurity {float(values[-1]):.3f} nats")
+    say(f"directions: {-float(values[-1]):.3f} nats of information on points")
     return nearest_rotation(np.asarray(turned(state[0]), np.float64))
 
 

@@ -64,48 +64,48 @@ def test_entries_are_exact_sums_with_classes_by_what_they_add(seed):
     assert not vectors[-1].any()
 
 
-def literal_impurity(u, z, w, predicted, probability):
-    """2 H(d | n) − H(d), one logarithm after another."""
+def literal_information(u, z, w, predicted, probability):
+    """H(d) − H(d | n), one logarithm after another."""
     of_points, use = 0.0, np.zeros(len(u))
     for n, c in enumerate(predicted):
         parts = [abs((z[n] @ u[:, d]) * (u[:, d] @ w[:, c])) for d in range(len(u))]
         shares = [p / sum(parts) for p in parts]
         of_points -= probability[n] * sum(q * np.log(q) for q in shares if q > 0)
         use += probability[n] * np.array(shares)
-    return 2 * of_points + sum(q * np.log(q) for q in use if q > 0)
+    return -sum(q * np.log(q) for q in use if q > 0) - of_points
 
 
-def test_impurity_is_its_literal_sum_and_so_is_its_gradient():
+def test_information_is_its_literal_sum_and_so_is_its_gradient():
     u, z, w, b = network(3)
     predicted = (z @ w + b).argmax(1)
     probability = np.random.default_rng(0).dirichlet(np.ones(len(z)))
     with jax.enable_x64(True):
-        value, gradient = jax.jit(jax.value_and_grad(directions.impurity))(
+        value, gradient = jax.jit(jax.value_and_grad(directions.information))(
             *map(jnp.asarray, (u, z, w, predicted, probability))
         )
-    assert value == pytest.approx(literal_impurity(u, z, w, predicted, probability), abs=1e-7)
+    assert value == pytest.approx(literal_information(u, z, w, predicted, probability), abs=1e-7)
     for at in ((0, 0), (2, 3), (4, 1)):
         step = np.zeros_like(u)
         step[at] = 1e-6
         higher, lower = (
-            literal_impurity(u + sign * step, z, w, predicted, probability) for sign in (1, -1)
+            literal_information(u + sign * step, z, w, predicted, probability) for sign in (1, -1)
         )
         assert gradient[at] == pytest.approx((higher - lower) / 2e-6, rel=1e-4, abs=1e-6)
 
 
-def test_impurity_is_least_where_one_direction_decides_each_point_and_all_are_used():
-    """−log of the number of directions; one direction for all points has 0."""
+def test_information_is_most_where_one_direction_decides_each_point_and_all_are_used():
+    """The logarithm of the number of directions; one direction for all points has 0."""
     n = 6
     z, w = np.eye(n), np.ones((n, 2))
     arguments = w, np.zeros(n, int), np.full(n, 1 / n)
-    impurity = jax.jit(directions.impurity)
-    least = float(impurity(np.eye(n), z, *arguments))
-    assert least == pytest.approx(-np.log(n), abs=1e-4)
-    one = float(impurity(np.eye(n), np.eye(n)[[0] * n], *arguments))
+    information = jax.jit(directions.information)
+    most = float(information(np.eye(n), z, *arguments))
+    assert most == pytest.approx(np.log(n), abs=1e-4)
+    one = float(information(np.eye(n), np.eye(n)[[0] * n], *arguments))
     assert one == pytest.approx(0, abs=1e-4)
     for seed in range(5):
-        turned = float(impurity(directions.random_rotation(n, seed), z, *arguments))
-        assert turned > least + 0.1
+        turned = float(information(directions.random_rotation(n, seed), z, *arguments))
+        assert turned < most - 0.1
 
 
 @given(st.integers(0, 10**6), st.integers(2, 9))
@@ -206,7 +206,7 @@ def test_the_network_says_what_it_said(root, explained, images, kind):
 
 
 @pytest.mark.slow
-def test_training_lowers_the_impurity(root, explained):
+def test_training_raises_the_information(root, explained):
     live = small.experiment(make_config(root, "linear"))
     run = Finished.load(root / "twin")
     source, inference = live.source("train"), run.inference
@@ -221,8 +221,8 @@ def test_training_lowers_the_impurity(root, explained):
     for kind, path in explained.items():
         vectors = Finished.load(path).checkpoint.arrays["params"]["prototypes"]["vectors"][:-1]
         u = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T
-        values[kind] = float(directions.impurity(u, z, w, predicted, probability))
-    assert values["trained"] < min(values["identity"], values["random"]) - 0.05
+        values[kind] = float(directions.information(u, z, w, predicted, probability))
+    assert values["trained"] > max(values["identity"], values["random"]) + 0.05
 
 
 @pytest.mark.slow
