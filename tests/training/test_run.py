@@ -269,10 +269,12 @@ def test_a_class_held_out_is_never_seen(finished, tmp_path):
     """It has no prototypes, and its labels are void but for the novelty test."""
     config = finished.experiment.config.copy_and_resolve_references()
     config.data.held_out = "disc"
+    for phase in ("warmup", "pruning", "finetune_pruned"):
+        config.phases[phase].steps = 0
     runs.check(experiment(config), new=True)
     run = begin(config, tmp_path / "work")
     runs.go(run)
-    for phase in ("joint", "finetune_pruned"):
+    for phase in ("joint", "finetune"):
         assert {p.class_ for p in run.workdir.checkpoints.restore(phase).prototypes} == {0, 2}
     kernel = starts.initial(run.experiment).arrays["params"]["head"]["kernel"]
     assert kernel.tolist() == [[1.0, -0.5, -0.5]] * 3 + [[-0.5, -0.5, 1.0]] * 3
