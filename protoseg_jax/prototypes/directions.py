@@ -14,6 +14,7 @@ patch is the point of a training image where it adds most to that class.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,7 +55,16 @@ def run(live: Live, phase: Phase, start: Checkpoint) -> Checkpoint:
     if kind != "identity":
         u = random_rotation(size, config.seed)
     if kind == "trained":
-        u = _train(live, phase, points, weights, bias, u)
+        with Progress(phase.name, phase.steps, 0) as progress:
+
+            def look(count: int) -> None:
+                progress.update(count)
+                if stop := live.asked_to_stop():
+                    raise Interrupted(stop)
+
+            rate = phase.learning_rates["prototypes"]
+            u, found = find(points, weights, bias, u, phase.steps, rate, config.seed, look=look)
+        say(f"directions: {found:.3f} nats of information on points")
     vectors, kernel, classes = entries(u, weights, bias, points)
     params = {
         **params,
@@ -118,12 +128,22 @@ def information(
     probability: Float[Array, " n"],
 ) -> Float[Array, ""]:
     """I(d; n) in nats, see above; `probability` of each point, summing to 1."""
+    q = shares(u, z, weights, predicted)
+    of_points = (jax.scipy.special.entr(q).sum(1) * probability).sum()
+    return jax.scipy.special.entr(probability @ q).sum() - of_points
+
+
+def shares(
+    u: Float[Array, "d d"],
+    z: Float[Array, "n d"],
+    weights: Float[Array, "d c"],
+    predicted: Int[Array, " n"],
+) -> Float[Array, "n d"]:
+    """q(d | n), see above."""
     exact = jax.lax.Precision.HIGHEST
     s, k = jnp.matmul(z, u, precision=exact), jnp.matmul(u.T, weights, precision=exact)
-    shares = jnp.abs(s * k.T[predicted]) + _TINY
-    shares /= shares.sum(1, keepdims=True)
-    of_points = (jax.scipy.special.entr(shares).sum(1) * probability).sum()
-    return jax.scipy.special.entr(probability @ shares).sum() - of_points
+    parts = jnp.abs(s * k.T[predicted]) + _TINY
+    return parts / parts.sum(1, keepdims=True)
 
 
 def _sample(live: Live, start: Checkpoint) -> Float[np.ndarray, "n d"]:
@@ -157,23 +177,45 @@ def _sample(live: Live, start: Checkpoint) -> Float[np.ndarray, "n d"]:
     return np.concatenate([rows for _, rows in sorted(found, key=lambda pair: pair[0])])
 
 
-def _train(
-    live: Live,
-    phase: Phase,
+Objective = Callable[
+    [
+        Float[Array, "d d"],  # U
+        Float[Array, "n d"],  # z
+        Float[Array, "d c"],  # W
+        Int[Array, " n"],  # predicted classes
+        Float[Array, " n"],  # probabilities
+    ],
+    Float[Array, ""],
+]
+
+
+def find(
     points: Float[np.ndarray, "n d"],
     weights: Float[np.ndarray, "d c"],
     bias: Float[np.ndarray, " c"],
     start: Float[np.ndarray, "d d"],
-) -> Float[np.ndarray, "d d"]:
-    """The U of most `information`: `start` turned by the exponential of a skew matrix, by Adam.
+    steps: int,
+    rate: float,
+    seed: int,
+    *,
+    objective: Objective = information,
+    look: Callable[[int], None] = lambda count: None,
+) -> tuple[Float[np.ndarray, "d d"], float]:
+    """(the U of most `information`, that of the last batch): `start` turned by the exponential of a
+    skew matrix, by Adam with polynomial decay.
 
     A batch has as many points of each predicted class, as far as there are such points.
+
+    Args:
+      points: features of training points.
+      weights, bias: W and b of the network's last layer.
+      objective: what is sought instead, as large as it can be, if it is not `information`.
+      look: is told how many steps were done, every few; what it raises ends the search.
     """
     predicted = (points @ weights + bias).argmax(1)
     members = [np.flatnonzero(predicted == c) for c in np.unique(predicted)]
     each = max(_BATCH // len(members), 1)
-    rate = optax.polynomial_schedule(phase.learning_rates["prototypes"], 0.0, 0.9, phase.steps)
-    optimizer = optax.adam(rate)
+    optimizer = optax.adam(optax.polynomial_schedule(rate, 0.0, 0.9, steps))
     wide = jnp.asarray(weights, jnp.float32)
     probability = jnp.full(each * len(members), 1.0 / (each * len(members)))
 
@@ -182,10 +224,10 @@ def _train(
         return jnp.matmul(jnp.asarray(start, jnp.float32), turn, precision="highest")
 
     def loss(skew, z, c):
-        return -information(turned(skew), z, wide, c, probability)
+        return -objective(turned(skew), z, wide, c, probability)
 
     @jax.jit
-    def steps(state: Any, z: Float[Array, "t n d"], c: Int[Array, "t n"]) -> tuple[Any, Array]:
+    def some(state: Any, z: Float[Array, "t n d"], c: Int[Array, "t n"]) -> tuple[Any, Array]:
         def one(state, batch):
             skew, moments = state
             value, gradient = jax.value_and_grad(loss)(skew, *batch)
@@ -194,22 +236,18 @@ def _train(
 
         return jax.lax.scan(one, state, (z, c))
 
-    rng = np.random.default_rng(live.experiment.config.seed)
+    rng = np.random.default_rng(seed)
     skew = jnp.zeros(start.shape, jnp.float32)
     state, done = (skew, optimizer.init(skew)), 0
-    with Progress(phase.name, phase.steps, 0) as progress:
-        while done < phase.steps:
-            count = min(_CHUNK, phase.steps - done)
-            chosen = np.stack(
-                [np.concatenate([rng.choice(m, each) for m in members]) for _ in range(count)]
-            )
-            state, values = steps(state, points[chosen], predicted[chosen])
-            done += count
-            progress.update(count)
-            if stop := live.asked_to_stop():
-                raise Interrupted(stop)
-    say(f"directions: {-float(values[-1]):.3f} nats of information on points")
-    return nearest_rotation(np.asarray(turned(state[0]), np.float64))
+    while done < steps:
+        count = min(_CHUNK, steps - done)
+        chosen = np.stack(
+            [np.concatenate([rng.choice(m, each) for m in members]) for _ in range(count)]
+        )
+        state, values = some(state, points[chosen], predicted[chosen])
+        done += count
+        look(count)
+    return nearest_rotation(np.asarray(turned(state[0]), np.float64)), -float(values[-1])
 
 
 def nearest_rotation(u: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
