@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import machine
 from protoseg_jax import config as configs
-from protoseg_jax import images
+from protoseg_jax import decoding, images
 from protoseg_jax.data.augment import Augment
 
 SIZE = (1024, 2048)
@@ -68,7 +68,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     image, labels = street(np.random.default_rng(0))
     if arguments.image:
-        image = cv2.resize(images.decode(arguments.image.read_bytes()), SIZE[::-1])
+        image = cv2.resize(decoding.decode(arguments.image.read_bytes()), SIZE[::-1])
     config = configs.load("cityscapes")
     augment = Augment(tuple(config.crop_size), tuple(config.augment.scale), (124, 116, 104))
     stored_labels, rng = images.encode_labels(labels), np.random.default_rng(0)
@@ -85,13 +85,13 @@ def main() -> None:
     for name, (suffix, options) in FORMS.items():
         _, stored = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
         stored = stored.tobytes()
-        np.testing.assert_array_equal(images.decode(stored), image)
+        np.testing.assert_array_equal(decoding.decode(stored), image)
 
         def example(stored=stored):
-            label = images.decode(stored_labels, grey=True)
-            return augment.random_map({"image": images.decode(stored), "label": label}, rng)
+            label = decoding.decode(stored_labels, grey=True)
+            return augment.random_map({"image": decoding.decode(stored), "label": label}, rng)
 
-        decoded = rate(lambda stored=stored: images.decode(stored))
+        decoded = rate(lambda stored=stored: decoding.decode(stored))
         lines.append(f"| {name} | {len(stored) / 1e6:.1f} | {decoded:.1f} | {rate(example):.1f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     machine.report(lines, arguments.out)

@@ -3,9 +3,9 @@
     python -m benchmarks.directions --run=TWIN [--steps=600] [--split=validation] [--out=FILE]
 
 TWIN is a linear twin on a data set with parts. For each objective, from the axes of its features:
-V of true parts against the direction of the point's class that adds most, mean over the classes,
-and how many directions make up 95 % of a decision (`evaluation/sparsity.py`). The network is the
-same in all rows.
+V of true parts against the direction of the point's class that adds most, mean over the classes (a
+class of which one direction wins all has 0; part agreement leaves it out), and how many directions
+make up 95 % of a decision (`evaluation/sparsity.py`). The network is the same in all rows.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def features(run: Finished, split: str, count: int | None) -> tuple[np.ndarray, 
             z = np.asarray(look(inference.prepare(example["image"])))
             of = [resize_labels(example[key], z.shape[:2]).ravel() for key in ("label", "parts")]
             z = z.reshape(-1, z.shape[-1]).astype(np.float64)
-            kept = rng.choice(len(z), count, replace=False) if count else slice(None)
+            kept = rng.permutation(len(z))[:count]  # None: all
             found.append((z[kept], *(x[kept] for x in of)))
             progress.update(1)
     return tuple(np.concatenate(column) for column in zip(*found, strict=True))
@@ -92,17 +92,17 @@ def figures(u: np.ndarray, weights: np.ndarray, bias: np.ndarray, seen: dict) ->
     found = []
     for c in np.unique(label[part > 0]):
         own, chosen = np.flatnonzero(classes == c), (label == c) & (part > 0)
-        if len(own) > 1:
-            table = np.zeros((part.max() + 1, len(own)), int)
-            np.add.at(table, (part[chosen], s[chosen][:, own].argmax(1)), 1)
-            found.append(agreement(table[table.any(1)])[0] if table.any(0).sum() > 1 else 0.0)
+        table = np.zeros((part.max() + 1, max(len(own), 1)), int)
+        strongest = s[chosen][:, own].argmax(1) if len(own) else 0
+        np.add.at(table, (part[chosen], strongest), 1)
+        found.append(agreement(table[table.any(1)])[0] if table.any(0).sum() > 1 else 0.0)
     return np.mean(found), needed[needed > 0].mean()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=600, help="at least 1")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()

@@ -22,8 +22,8 @@ def say(text: str) -> None:
 class Progress:
     """A bar with rate, loss and ETA on a terminal; plain lines elsewhere.
 
-    What is left is told from the second line on, by the time since the first, before which programs
-    were compiled.
+    What is left is told from the second update on, by the time since the first, before which most
+    programs are compiled.
 
     Args:
       name: of the work.

@@ -5,6 +5,7 @@ data: nothing compiles per image.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,7 +184,7 @@ def _largest_of_rows(
 
 
 _STEP = 64  # widths of strips are multiples of it, or of more, so that few are compiled
-_ROWS = 256  # of a strip
+_ROWS = 256  # of a strip, at most
 
 
 def strips(
@@ -200,9 +201,12 @@ def strips(
     height, width = size
     step = max(_STEP, 1 << max(width.bit_length() - 3, 0))  # 64, 128 from 512 on, 256 from 1024 on
     wide = _widen_once(logits, np.array(size), -(-width // step) * step)
-    for top in range(0, height, _ROWS):
-        found, p = _strip(wide, np.array(size), top, _ROWS, shares)
-        count = min(_ROWS, height - top)
+    rows = _ROWS  # halved, so that few are compiled
+    while rows > 1 and (rows * math.prod(wide.shape[1:]) > _STRIP or rows // 2 >= height):
+        rows //= 2
+    for top in range(0, height, rows):
+        found, p = _strip(wide, np.array(size), top, rows, shares)
+        count = min(rows, height - top)
         p = np.asarray(p)[:count, :width] if shares else None
         yield slice(top, top + count), np.asarray(found)[:count, :width], p
 

@@ -251,7 +251,7 @@ class Segmenter:
                 Progress("segmenting", len(found), len(found) - len(left), "image") as progress,
             ):
                 reading = self._read_ahead(left, readers, failed, progress)
-                for image in self._seen(reading, self._batch_size(len(left))):
+                for image in self._seen(reading, self._batch_size(len(found))):
                     pending.append((image, writers.submit(self._write, image)))
                     while len(pending) > 2 * _THREADS:
                         settle()
@@ -321,7 +321,8 @@ class Segmenter:
         return _Image(name, path, pixels.shape[:2], about, cuts)
 
     def _batch_size(self, count: int) -> int:
-        """Of the batches for so many images: an evaluation's, or no more than there is to see."""
+        """Of the batches for so many images, an evaluation's or no more than there is to see. Those
+        that are done count, so that each start of a command computes the same."""
         experiment = self._model.experiment
         if experiment.config.eval_overlap is not None:  # an image is many cuts
             return experiment.eval_batch_size

@@ -209,6 +209,7 @@ def find(
     Args:
       points: features of training points.
       weights, bias: W and b of the network's last layer.
+      steps: at least 1.
       objective: what is sought instead, as large as it can be, if it is not `information`.
       look: is told how many steps were done, every few; what it raises ends the search.
     """

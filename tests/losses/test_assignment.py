@@ -114,7 +114,7 @@ def test_the_loss_is_its_literal_sum(seed):
 
 @pytest.mark.parametrize("even", [0.25, 0.75])
 def test_shares_that_are_not_equal(even):
-    """The literal sum again, also over two devices; more points than prototypes keep their own."""
+    """The literal sum again, also over two devices; and it matters."""
     distances, labels = make(3)
     term = make_term(assignment_even=even)
     literal, _ = slow(distances.astype(np.float64), labels, OWNERS, 0.05, 0.1, even=even)

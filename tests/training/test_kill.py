@@ -25,15 +25,17 @@ def reference(tmp_path_factory):
 def test_sigkill_at_random_moments(reference, number):
     """Two here; `python -m tests.kill` does fifty."""
     scratch, expected, took = reference
-    got, _ = kill.trial(scratch, number, took, random.Random(number), signal.SIGKILL)
+    got, struck = kill.trial(scratch, number, took, random.Random(number), signal.SIGKILL)
+    assert struck
     assert kill.differences(got, expected) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(reference, signum):
     scratch, expected, took = reference
-    number = 400 + signum  # in the middle of training, both
-    got, _ = kill.trial(scratch, number, took, random.Random(number), signum, most=1)
+    number = 1700 + signum  # whose first moment is in the middle, for both
+    got, struck = kill.trial(scratch, number, took, random.Random(number), signum, most=1)
+    assert struck
     assert kill.differences(got, expected) == []
 
 
