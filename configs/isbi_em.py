@@ -4,8 +4,8 @@ python train.py --config=configs/isbi_em.py --config.data.dir=DIR
 
 The paper's details are in a supplement that we do not have; this starts from a follow-up's recipe:
 no warm-up, Adam at 1e-4 with polynomial decay, weight decay 5e-4, batch 2 of whole sections, 10⁴
-joint and 10⁴ fine-tuning steps, 64 features, 20 prototypes. `seed` also draws which 20 sections
-train and which 10 validate.
+joint steps and 10⁴ of each fine-tuning, 64 features, 20 prototypes. `seed` also draws which 20
+sections train and which 10 validate.
 
 `:authors` is what the history of the authors' repository holds: their ten sections, their rule of
 the error (`eval.py --interpretability`), 20 prototypes a class, crops of half to one and a half

@@ -48,6 +48,7 @@ def default() -> ConfigDict:
     c.data.masks = "masks"  # and of the masks
     c.data.mask_suffix = ""  # that a mask's name has behind its image's: "_mask"
     c.data.void = 255  # mask value without a class
+    # Of every data set with files, and of pictures given to be explained:
     c.data.exif = text()  # "apply": masks fit images as shown; "ignore": as stored; None: undecided
     c.data.white = config_dict.placeholder(int)  # the value that is white in 16-bit images
 
@@ -64,7 +65,7 @@ def default() -> ConfigDict:
     c.model.width = 64  # channels of the first stage; EfficientNet: of the decoder's sum
     c.model.norm = "frozen_batch"  # ResNet: or "group", to train from scratch
     c.model.stride_in = "auto"  # ResNet: "3x3" or "1x1", which convolution strides; as the weights
-    c.model.output_stride = 8  # pixels of an image to a point of its map, of the coarsest one
+    c.model.output_stride = 8  # pixels a point of the map; EfficientNet: of the coarsest, at most
     c.model.stages = (3, 5, 7)  # EfficientNet: rows of its table whose maps the decoder gets
     # Number of the backbone's map (0, …; −1: its last) by which the assignment loss divides points.
     c.model.anchors = config_dict.placeholder(int)
@@ -78,7 +79,7 @@ def default() -> ConfigDict:
     c.model.prototype_init = "uniform"  # or "patches", random training points
     c.model.activation = "sigmoid"  # before the prototypes; "none" to compare
     c.model.similarity = "log"  # eq. 1; "negative_distance" to compare
-    c.model.preprocessing = "auto"  # as the weights; "imagenet", "caffe", or "data": measured
+    c.model.preprocessing = "auto"  # as the weights; of models/preprocessing; "data": measured
     c.model.mean = ()  # of preprocessing "data", RGB in 0-255, measured when a run starts
     c.model.std = ()
     c.model.msc = ()  # scales of smaller copies of the image: (0.5, 0.75) on Pascal
@@ -90,7 +91,7 @@ def default() -> ConfigDict:
     c.pretrained.blackbox = 0
 
     c.loss = ConfigDict()
-    # Files of losses, or dotted paths. One whose λ is 0 is not computed.
+    # Files of losses, or dotted paths. One of the points whose λ is 0 is not computed.
     c.loss.terms = ("cross_entropy", "diversity", "l1", "assignment")
     c.loss.diversity = 0.25  # λ_J of eq. 7
     c.loss.assignment = 0.0  # λ_A of the assignment loss, which the paper has not

@@ -39,7 +39,7 @@ PROTOTYPE_INITS = ("uniform", "patches")
 def settle(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> None:
     """Replace "auto" in `model.stride_in` and `model.preprocessing`, in place.
 
-    They follow the weights: those of `pretrained.path`; without weights torchvision's.
+    They follow the weights: those of `pretrained.path`; without weights the backbone's own first.
     With preprocessing "data" mean and deviation are measured. A run that goes on keeps what it was
     started with.
 
