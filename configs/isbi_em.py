@@ -72,7 +72,7 @@ def _cpu(c: ConfigDict) -> None:
     c.eval_size = (256, 256)  # half of 512 × 512; scores are at the labels' own size
     c.augment.update({"scale": (0.4, 0.6), "elastic": 2.7})
     c.model.update({"width": 16, "prototype_init": "patches"})
-    c.phases.joint.steps = 900
+    c.phases.joint.steps = 1800
     c.phases.joint.learning_rates.update({"backbone": 2e-3, "decoder": 2e-3, "prototypes": 1e-2})
     head = {"steps": 100, "learning_rates": {"head": 3e-2}, "schedule": "poly"}
     c.phases.finetune.update(head)
