@@ -5,13 +5,12 @@ python train.py --config=configs/demo.py[:ROW]
 The default has a frozen EfficientNet-Lite0 with ImageNet weights, which sees images at twice their
 size, and in place of the diversity loss the assignment loss, by which prototypes come to stand for
 parts. `:scratch` trains a small ResNet from nothing with that loss, `:paper` by the paper's recipe;
-`:lite0_paper` is the default's network with the paper's losses; `:lite0_trained` trains the
-backbone too, after 300 steps.
+`:lite0_paper` is the default's network with the paper's losses.
 """
 
 from protoseg_jax.config import ConfigDict, default, require_row
 
-ROWS = ("lite0", "lite0_paper", "lite0_trained", "scratch", "paper")
+ROWS = ("lite0", "lite0_paper", "scratch", "paper")
 
 
 def get_config(row: str = "lite0") -> ConfigDict:
@@ -22,12 +21,8 @@ def get_config(row: str = "lite0") -> ConfigDict:
     c.data.name = "parts"
     c.model.update({"features": 32, "prototypes_per_class": 8})
     (_lite0 if row.startswith("lite0") else _scratch)(c)
-    if row in ("lite0", "lite0_trained"):  # by the map at stride 16
+    if row == "lite0":  # by the map at stride 16
         _parts(c, anchors=1, steps=120)
-    if row == "lite0_trained":
-        c.augment.views = 0
-        c.phases.warmup.steps, c.phases.joint.steps = 300, 600
-        c.phases.joint.learning_rates.update({"backbone": 2e-4, "decoder": 5e-4})
     if row == "scratch":  # by the only map, ResNet's last, which learns the classes before
         c.pretrained.blackbox, c.phases.joint.steps = 1600, 1500
         c.model.prototype_init = "patches"

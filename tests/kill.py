@@ -120,22 +120,16 @@ def undisturbed(scratch: pathlib.Path) -> tuple[dict, float]:
 
 
 def trial(
-    scratch: pathlib.Path,
-    number: int,
-    took: float,
-    rng: random.Random,
-    signum: int,
-    most: int = MAX_KILLS,
+    scratch: pathlib.Path, number: int, took: float, rng: random.Random, signum: int
 ) -> tuple[dict, list[str]]:
-    """One run, killed at random moments, at `most` so often: (its results, where each kill
-    struck)."""
+    """One run, killed at random moments: (its results, where each kill struck)."""
     workdir, struck = scratch / f"run{number}", []
     line = command(scratch / "data", scratch / "cache", workdir)
     while True:
         process = subprocess.Popen(
             line, env=environment(scratch), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        last = len(struck) == most
+        last = len(struck) == MAX_KILLS
         try:
             _, errors = process.communicate(timeout=None if last else rng.uniform(2, took))
         except subprocess.TimeoutExpired:

@@ -91,7 +91,7 @@ def write(path: Path, experiment: Experiment, checkpoint: Checkpoint) -> None:
         for j, p in own:
             image = source[p.image]["image"]  # one at a time: it may be huge
             crop, inner = images.crop_with_context(image, p.box)
-            crop = crop.copy()  # which holds no image
+            crop = crop.copy()  # a view would keep the whole image
             write_atomically(folder / f"{p.index:03d}.png", images.encode(crop))
             activation = np.asarray(infer(checkpoint.variables, inference.prepare(image))[..., j])
             small = images.shrink(image, _PANEL_SIDE)

@@ -21,7 +21,19 @@ def reference(tmp_path_factory):
     return scratch, *kill.undisturbed(scratch)
 
 
-@pytest.mark.parametrize("number", range(2))
+def in_joint_training(line, scratch, workdir):
+    """A run's process, as soon as its first step of joint training is told of."""
+    running = subprocess.Popen(
+        line, env=kill.environment(scratch), stderr=subprocess.PIPE, text=True
+    )
+    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and '"joint"' in metrics.read_text()):
+        assert running.poll() is None and time.monotonic() < deadline, running.communicate()
+        time.sleep(0.01)
+    return running
+
+
+@pytest.mark.parametrize("number", [1, 3])  # which strike early, however fast the machine is then
 def test_sigkill_at_random_moments(reference, number):
     """Two here; `python -m tests.kill` does fifty."""
     scratch, expected, took = reference
@@ -31,12 +43,15 @@ def test_sigkill_at_random_moments(reference, number):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(reference, signum):
-    scratch, expected, took = reference
-    number = 1700 + signum  # whose first moment is in the middle, for both
-    got, struck = kill.trial(scratch, number, took, random.Random(number), signum, most=1)
-    assert struck
-    assert kill.differences(got, expected) == []
+def test_asked_to_stop(reference, tmp_path, signum):
+    scratch, expected, _ = reference
+    line = kill.command(scratch / "data", scratch / "cache", tmp_path / "work")
+    running = in_joint_training(line, scratch, tmp_path / "work")
+    running.send_signal(signum)
+    _, errors = running.communicate(timeout=240)
+    assert running.returncode == 128 + signum, errors
+    subprocess.run(line, env=kill.environment(scratch), check=True, capture_output=True)
+    assert kill.differences(kill.results(tmp_path / "work"), expected) == []
 
 
 @pytest.mark.parametrize("gone", ["data", "cache"])
@@ -45,13 +60,7 @@ def test_a_folder_that_disappears_in_the_middle_of_an_epoch(reference, tmp_path,
     scratch, expected, _ = reference
     shutil.copytree(scratch / "data", tmp_path / "data")
     line = kill.command(tmp_path / "data", tmp_path / "cache", tmp_path / "work")
-    running = subprocess.Popen(
-        line, env=kill.environment(scratch), stderr=subprocess.PIPE, text=True
-    )
-    metrics, deadline = tmp_path / "work" / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.exists() and '"joint"' in metrics.read_text()):
-        assert running.poll() is None and time.monotonic() < deadline, running.communicate()
-        time.sleep(0.01)
+    running = in_joint_training(line, scratch, tmp_path / "work")
     shutil.move(tmp_path / gone, tmp_path / "aside")
     _, errors = running.communicate(timeout=240)
     if gone == "cache":
