@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -20,7 +19,7 @@ from protoseg_jax import images as pictures
 from protoseg_jax import models
 from protoseg_jax.errors import UserError
 from protoseg_jax.models import preprocessing
-from protoseg_jax.models.protoseg import Output
+from protoseg_jax.models.protoseg import BlackBox, Output
 
 _ROWS, _COLUMNS = 1, 2  # axes of images [b H W 3]
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -32,7 +31,7 @@ class Inference:
     variables, and hashable.
 
     Attributes:
-      model: the Flax module.
+      model: the Flax module, with or without prototypes.
       preprocessing: bytes → input.
       eval_size: (h, w) that every image is brought to.
       prototype_classes: c(j) of each prototype; none for the black box.
@@ -41,7 +40,7 @@ class Inference:
         averaged with its own; features and distances stay the image's.
     """
 
-    model: nn.Module
+    model: BlackBox
     preprocessing: preprocessing.Preprocessing
     eval_size: tuple[int, int]
     prototype_classes: tuple[int, ...]
@@ -65,11 +64,9 @@ class Inference:
 
     def feature_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """(h, w) of the feature map of each of the model's outputs, for images of a size."""
-        images = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
-        outputs = jax.eval_shape(
-            lambda x: self.model.init_with_output(jax.random.key(0), x, method="outputs")[0], images
-        )
-        return [output.features.shape[1:3] for output in outputs]
+        # Which depends on no prototype: phases differ in their number, but not in this.
+        maps = BlackBox(self.model.backbone, self.model.decoder, self.model.scales)
+        return list(_map_sizes(maps, tuple(size)))
 
     def prepare(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
         """An image of any size → bytes at the evaluation size (host)."""
@@ -107,6 +104,15 @@ class Inference:
         upright = ((_COLUMNS,),)
         flips = (*upright, (_ROWS,), (_ROWS, _COLUMNS)) if turns else upright
         return dataclasses.replace(self, flips=flips)
+
+
+@functools.lru_cache(maxsize=16)  # tracing a deep network takes seconds
+def _map_sizes(model: BlackBox, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    images = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
+    maps = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, method="maps")[0], images
+    )
+    return tuple(m.shape[1:3] for m in maps)
 
 
 def from_config(

@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAX_KILLS = 3
 PHASES = ("warmup", "joint", "projection", "finetune", "pruning", "finetune_pruned")
 SETTINGS = {
+    "data.name": "folder",
     "batch_size": 2,
     "crop_size": "(33,33)",
     "eval_size": "(49,57)",
@@ -37,7 +38,8 @@ SETTINGS = {
     "log_every": 1,
     "eval_every": 4,
     "checkpoint_every": 2,
-    "model.depth": 14,
+    "model.depth": 1,
+    "model.output_stride": 2,
     "model.width": 8,
     "model.features": 8,
     "model.prototypes_per_class": 3,
@@ -54,7 +56,7 @@ def command(data: pathlib.Path, cache: pathlib.Path, workdir: pathlib.Path) -> l
     return [
         sys.executable,
         str(ROOT / "train.py"),
-        f"--config={ROOT / 'configs' / 'folder.py'}:scratch",
+        f"--config={ROOT / 'configs' / 'camvid.py'}:scratch",
         f"--workdir={workdir}",
         *(f"--config.{key}={value}" for key, value in settings.items()),
     ]

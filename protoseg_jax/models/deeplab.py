@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from protoseg_jax.models.layers import flat
+
 
 class ASPP(nn.Module):
     """Σ over rates of a 3×3 convolution with that dilation and a bias, `c0`, `c1`, …
@@ -43,7 +45,7 @@ class Branch(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[Float[Array, "3 3 i o"], Float[Array, " o"]]:
         return (
-            self.param("kernel", nn.initializers.normal(0.01), self.shape),
+            self.param("kernel", flat(nn.initializers.normal(0.01)), self.shape),
             self.param("bias", nn.initializers.zeros, self.shape[-1:]),
         )
 

@@ -9,15 +9,17 @@ images or a frozen kernel, costs nothing.
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from protoseg_jax.models.layers import by_platform, same_pads, sum_over_strips, taps, wanted
+from protoseg_jax.models.layers import by_platform, flat, same_pads, sum_over_strips, taps, wanted
 
 _STRIP = 1 << 16  # numbers of a strip of x: 256 KiB
+_CUT = 0.87962566103423978  # deviation of a standard normal within ±2: LeCun and He are cut there
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -146,5 +148,6 @@ class DepthwiseConv(nn.Module):
         self, x: Float[Array, "b h w c"], scale: Float[Array, " c"] | float = 1.0
     ) -> Float[Array, "b H W c"]:
         shape = (self.size, self.size, 1, self.channels)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape) * scale
+        he_normal = flat(nn.initializers.truncated_normal(math.sqrt(2 / self.size**2) / _CUT))
+        kernel = self.param("kernel", he_normal, shape) * scale
         return convolve_depthwise(x.astype(self.dtype), kernel, self.stride, self.dilation)

@@ -79,7 +79,7 @@ def test_rematerialisation_changes_no_gradient():
     for remat in (False, True):
         config = make_config(depth=14, width=8, norm="group", aspp_rates=(1, 2), remat=remat)
         model = models.build(config, 3, 6, jnp.float32)
-        params = model.init(jax.random.key(0), images)
+        params = jax.jit(model.init)(jax.random.key(0), images)
         loss = jax.jit(jax.value_and_grad(lambda p, m=model: m.apply(p, images).logits.sum()))
         found.append(loss(params))
     values, gradients = zip(*found, strict=True)

@@ -44,7 +44,7 @@ def test_pooling_and_its_gradient(size, pool, how):
     x = np.maximum(rng.integers(-3, 4, (2, *size, 3)), 0).astype(np.float32)
     theirs = nchw(x).requires_grad_()
     expected = F.max_pool2d(theirs, *how, ceil_mode=True)
-    got, pull = jax.vjp(pool, x)
+    got, pull = jax.vjp(jax.jit(pool), x)
     np.testing.assert_array_equal(got, nhwc(expected))
     g = rng.normal(size=got.shape).astype(np.float32)
     expected.backward(nchw(g))
@@ -61,7 +61,7 @@ def test_convolution(size, k, stride, dilation):
     kernel = rng.normal(size=(k, k, 8, 6)).astype(np.float32)
     pad = dilation * (k - 1) // 2
     expected = F.conv2d(nchw(x), oihw(kernel), None, stride, pad, dilation)
-    got = Conv(6, k, stride, dilation).apply({"params": {"kernel": kernel}}, x)
+    got = jax.jit(Conv(6, k, stride, dilation).apply)({"params": {"kernel": kernel}}, x)
     assert_close(got, nhwc(expected), 1e-5)
 
 
@@ -78,7 +78,7 @@ def test_gradients_of_a_convolution(shape, k, stride, dilation):
     theirs = nchw(x).requires_grad_(), oihw(kernel).requires_grad_()
     pad = dilation * (k - 1) // 2
     expected = F.conv2d(*theirs, None, stride, pad, dilation)
-    got, pull = jax.vjp(lambda *a: convolve(*a, stride, dilation), x, kernel)
+    got, pull = jax.vjp(jax.jit(lambda *a: convolve(*a, stride, dilation)), x, kernel)
     g = rng.normal(size=got.shape).astype(np.float32)
     expected.backward(nchw(g))
     dx, dkernel = jax.jit(pull)(g)
@@ -92,10 +92,10 @@ def test_aspp_and_its_gradients():
     x = rng.normal(size=(2, 20, 33, 32)).astype(np.float32)
     upstream = rng.normal(size=(2, 20, 33, 8)).astype(np.float32)
     aspp = ASPP(8, rates)
-    params = jax.tree.map(np.asarray, aspp.init(jax.random.key(0), x)["params"])
+    params = jax.tree.map(np.asarray, jax.jit(aspp.init)(jax.random.key(0), x)["params"])
     params = {n: {**p, "bias": rng.normal(size=8).astype(np.float32)} for n, p in params.items()}
-    got, vjp = jax.vjp(lambda p, x: aspp.apply({"params": p}, x), params, x)
-    grads, grad_x = vjp(jnp.array(upstream))
+    got, vjp = jax.vjp(jax.jit(lambda p, x: aspp.apply({"params": p}, x)), params, x)
+    grads, grad_x = jax.jit(vjp)(jnp.array(upstream))
 
     tensors = {f"{n}.weight": oihw(p["kernel"]).requires_grad_() for n, p in params.items()}
     biases = {f"{n}.bias": torch.tensor(p["bias"], requires_grad=True) for n, p in params.items()}
