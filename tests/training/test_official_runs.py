@@ -1,4 +1,4 @@
-"""Pascal VOC 2012 and Cityscapes through every phase, at small size, to a submission."""
+"""Pascal VOC 2012 and Cityscapes from training, at small size, to a submission."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ from tests.small import PHASES, make_config
 pytestmark = pytest.mark.slow
 
 
-def train(tmp_path, name, **model):
+def train(tmp_path, name, *left_out, **model):
     config = make_config(tmp_path)
     config.batch_size = 8
     config.data.update({"name": name, "dir": str(tmp_path / "data")})
     config.model.update({"norm": "frozen_batch", "stride_in": "auto", "preprocessing": "auto"})
     config.model.update(model)
-    for phase in ("warmup", "joint", "finetune", "finetune_pruned"):
-        config.phases[phase].steps = 1
+    for phase in ("warmup", "joint", "finetune", "pruning", "finetune_pruned"):
+        config.phases[phase].steps = int(phase not in left_out)
     if name == "voc":
         config.data.train_split = "train_aug"
     runs.train(config, str(tmp_path / "work"))
@@ -31,8 +31,10 @@ def train(tmp_path, name, **model):
 
 def test_voc_with_multi_scale_inputs(tmp_path):
     make_voc(tmp_path / "data", train_aug=False)
-    workdir = train(tmp_path, "voc", msc=(0.5, 0.75))
-    assert [e["phase"] for e in workdir.summary()] == PHASES
+    """Cityscapes, below, goes through the other phases."""
+    left_out = ("warmup", "finetune", "pruning", "finetune_pruned")
+    workdir = train(tmp_path, "voc", *left_out, msc=(0.5, 0.75))
+    assert [e["phase"] for e in workdir.summary()] == ["joint", "projection"]
     assert {p.image_id[:4] for p in workdir.checkpoints.restore("projection").prototypes} == {
         "2007"
     }

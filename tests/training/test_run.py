@@ -20,7 +20,7 @@ from protoseg_jax.run.live import Live
 from protoseg_jax.run.workdir import Workdir
 from protoseg_jax.training import run as runs
 from protoseg_jax.training import start as starts
-from tests.small import PHASES, begin, experiment, same_arrays
+from tests.small import PHASES, begin, experiment, same_arrays, with_unet, without
 
 
 def test_every_phase_is_scored(finished):
@@ -83,18 +83,19 @@ def test_a_projected_prototype_remembers_how_far_its_patch_was(finished):
 
 @pytest.mark.slow
 def test_bfloat16_is_a_setting_of_the_whole_run(finished, tmp_path):
-    """Every phase in bfloat16; a prototype still fires all but fully on its own source patch.
+    """Of training, search and pruning; a prototype still fires all but fully on its own patch.
 
     Not to 1e-3: where a value is rounded to bfloat16 depends on how XLA fuses a program.
     """
-    config = finished.experiment.config.copy_and_resolve_references()
+    config = without(finished.experiment.config, "warmup", "finetune_pruned")
     config.compute_dtype = "bfloat16"
     run = begin(config, tmp_path / "work")
     runs.go(run)
-    assert [e["phase"] for e in run.workdir.summary()] == PHASES
+    phases = ["joint", "projection", "finetune", "pruning"]
+    assert [e["phase"] for e in run.workdir.summary()] == phases
     manifest = json.loads((run.workdir.path / "manifest.json").read_text())
     assert manifest["compute_dtype"] == "bfloat16"
-    checkpoint = run.workdir.checkpoints.restore("finetune_pruned")
+    checkpoint = run.workdir.checkpoints.restore("pruning")
     leaves = jax.tree.leaves(checkpoint.arrays["params"])
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
     inference = run.experiment.inference(checkpoint.prototypes)
@@ -267,10 +268,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path):
 @pytest.mark.slow
 def test_a_class_held_out_is_never_seen(finished, tmp_path):
     """It has no prototypes, and its labels are void but for the novelty test."""
-    config = finished.experiment.config.copy_and_resolve_references()
+    left_out = ("warmup", "pruning", "finetune_pruned")
+    config = with_unet(without(finished.experiment.config, *left_out))
     config.data.held_out = "disc"
-    for phase in ("warmup", "pruning", "finetune_pruned"):
-        config.phases[phase].steps = 0
     runs.check(experiment(config), new=True)
     run = begin(config, tmp_path / "work")
     runs.go(run)
