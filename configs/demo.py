@@ -40,7 +40,8 @@ def _lite0(c: ConfigDict) -> None:
     c.pretrained.path = "efficientnet-lite0"
     new = {"decoder": 2e-3, "prototypes": 1e-2}
     c.phases.warmup = {"steps": 0, "learning_rates": new, "schedule": "constant"}
-    c.phases.joint = {"steps": 1000, "learning_rates": new, "schedule": "poly"}
+    rates = {"backbone": 0.0, **new}  # frozen; more needs augment.views=0
+    c.phases.joint = {"steps": 1000, "learning_rates": rates, "schedule": "poly"}
     c.phases.finetune.update({"steps": 60, "learning_rates": {"head": 1e-2}})
     c.phases.finetune_pruned.update({"steps": 60, "learning_rates": {"head": 1e-2}})
 
