@@ -219,6 +219,11 @@ SECTIONS: dict[str, tuple[Spoil, list[str], str]] = {
 }
 
 
+def command(scratch: pathlib.Path) -> list[str]:
+    """train.py of the small ResNet in a scratch folder's own."""
+    return kill.command(scratch / "data", scratch / "cache", scratch / "work", kill.RESNET)
+
+
 def run(line: list[str], scratch: pathlib.Path, prefix: list[str] = ()) -> tuple[int, str]:
     """(exit code, stderr) of a program, one behind a prefix in a process of its own."""
     environment = kill.environment(scratch)
@@ -238,7 +243,7 @@ def side_by_side(work: Callable, cases: dict) -> dict:
 def data_case(name: str, scratch: pathlib.Path) -> tuple[int, str, list[str]]:
     """(exit code, stderr, what lies in the run's folder) of a case of `DATA` or `SECTIONS`."""
     spoil, arguments, _ = {**DATA, **SECTIONS}[name]
-    line = kill.command(scratch / "data", scratch / "cache", scratch / "work", kill.RESNET)
+    line = command(scratch)
     if name in SECTIONS:
         sections.make_stacks(scratch / "data")
         line = [x for x in line if not x.startswith("--config") or "data." in x]
@@ -272,7 +277,7 @@ def data_cases(scratch: pathlib.Path) -> dict[str, tuple[int, str, list[str]]]:
 def trainer(scratch: pathlib.Path) -> Iterator[list[str]]:
     """A train.py that has done its warm-up and is in an endless joint phase: its command line."""
     make_data(scratch / "data")
-    line = kill.command(scratch / "data", scratch / "cache", scratch / "work", kill.RESNET)
+    line = command(scratch)
     line.append("--config.phases.joint.steps=1000000")
     process = subprocess.Popen(
         line, env=kill.environment(scratch), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -304,9 +309,7 @@ def explain_cases(
     if finished:
         shutil.copytree(finished, work)
     else:
-        code, errors = run(
-            kill.command(scratch / "data", scratch / "cache", work, kill.RESNET), scratch
-        )
+        code, errors = run(command(scratch), scratch)
         if code:
             raise RuntimeError(errors)
     (scratch / "text.png").write_text("no image")
@@ -384,7 +387,7 @@ def full_disk_case(scratch: pathlib.Path) -> tuple[int, str]:
     """A run whose folder is a file system of 300 kB."""
     make_data(scratch / "data")
     (scratch / "work").mkdir()
-    line = kill.command(scratch / "data", scratch / "cache", scratch / "work", kill.RESNET)
+    line = command(scratch)
     script = 'mount -t tmpfs -o size=300k none "$0" && exec "$@"'
     return run(line, scratch, ["unshare", "-rm", "sh", "-c", script, str(scratch / "work")])
 

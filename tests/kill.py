@@ -45,13 +45,16 @@ SETTINGS = {
     "phases.finetune.steps": 6,
     "phases.finetune_pruned.steps": 6,
 }
-# Eight layers, which compile in half of the time of the ResNet's.
+# Config and settings. The U-Net's eight layers compile in half of the time of the ResNet's.
 UNET = ("camvid", {"data.name": "folder", "model.depth": 1, "model.output_stride": 2})
 RESNET = ("folder", {"model.depth": 14})
 
 
 def command(
-    data: pathlib.Path, cache: pathlib.Path, workdir: pathlib.Path, network=UNET
+    data: pathlib.Path,
+    cache: pathlib.Path,
+    workdir: pathlib.Path,
+    network: tuple[str, dict] = UNET,
 ) -> list[str]:
     """`train.py` for the small run, with one of the two networks."""
     config, own = network

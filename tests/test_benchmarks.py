@@ -8,8 +8,11 @@ import types
 
 import pytest
 
+from protoseg_jax import files
+
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 OURS = ("protoseg_jax", "benchmarks", "tests")
+WITH_TORCH = ("authors", "parity", "pytorch")
 
 
 def of_ours(thing):
@@ -50,9 +53,6 @@ def mistakes(source, names):
     return wrong
 
 
-WITH_TORCH = ("authors", "parity", "pytorch")
-
-
 @pytest.mark.parametrize(
     "path",
     [
@@ -77,8 +77,6 @@ def test_names_and_calls(path):
     ],
 )
 def test_mistakes_are_found(line, told):
-    from protoseg_jax import files
-
     wrong = mistakes(line, {"files": files})
     assert wrong and all(told in mistake for mistake in wrong)
     assert mistakes("files.write_json(*a); files.read_json(b)", {"files": files}) == []

@@ -320,3 +320,34 @@ def test_stride_placement_decides_what_a_block_sees(stride_in):
     variables = jax.jit(block.init)(jax.random.key(1), x)
     seen = jax.jit(jax.grad(lambda x: block.apply(variables, x).sum()))(x)
     assert bool((seen[:, 1::2] != 0).any()) == (stride_in == "3x3")
+
+
+class Drawn(nn.Module):
+    """One kernel, as Flax's own initialiser draws it."""
+
+    initializer: object
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        return self.param("kernel", self.initializer, self.shape)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shape"),
+    [
+        (
+            layers.Conv(8, 3),
+            nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            (3, 3, 4, 8),
+        ),
+        (depthwise.DepthwiseConv(4, 3), nn.initializers.he_normal(), (3, 3, 1, 4)),
+    ],
+    ids=["conv", "depthwise"],
+)
+def test_kernels_start_with_the_library_s_numbers(ours, theirs, shape):
+    """Ours are drawn as vectors."""
+    key, x = jax.random.key(3), jnp.zeros((1, 4, 4, 4))
+    got, expected = (m.init(key, x)["params"]["kernel"] for m in (ours, Drawn(theirs, shape)))
+    assert got.shape == shape
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -30,8 +30,8 @@ def train(tmp_path, name, *left_out, **model):
 
 
 def test_voc_with_multi_scale_inputs(tmp_path):
-    make_voc(tmp_path / "data", train_aug=False)
     """Cityscapes, below, goes through the other phases."""
+    make_voc(tmp_path / "data", train_aug=False)
     left_out = ("warmup", "finetune", "pruning", "finetune_pruned")
     workdir = train(tmp_path, "voc", *left_out, msc=(0.5, 0.75))
     assert [e["phase"] for e in workdir.summary()] == ["joint", "projection"]
